@@ -1,0 +1,5 @@
+"""Metadata is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()

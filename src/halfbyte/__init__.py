@@ -1,0 +1,36 @@
+"""Fine-tune, compose and run language models in half a byte per weight."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DoubleQuantized": "halfbyte.formats.double_quantization",
+    "HalfbyteError": "halfbyte.errors",
+    "QuantizedTensor": "halfbyte.formats.quantized_tensor",
+    "double_quantize": "halfbyte.formats.double_quantization",
+    "quantize": "halfbyte.formats.quantized_tensor",
+}
+"""Public name -> the module that defines it, imported when the name is first used."""
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604  (the table is the single list of names)
+
+if TYPE_CHECKING:
+    from halfbyte.errors import HalfbyteError as HalfbyteError
+    from halfbyte.formats.double_quantization import DoubleQuantized as DoubleQuantized
+    from halfbyte.formats.double_quantization import double_quantize as double_quantize
+    from halfbyte.formats.quantized_tensor import QuantizedTensor as QuantizedTensor
+    from halfbyte.formats.quantized_tensor import quantize as quantize
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  (PEP 562 fixes the signature)
+    if name not in _HOMES:
+        raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,127 @@
+"""The values a code can stand for.
+
+A codebook is data. The reference, the C++ kernels and the GPU kernels index the same table,
+so no kernel can disagree with the format about what code 7 means. How the tables come about
+is derived in the tests; here they are stored, because 4-bit files hold these bits.
+"""
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Codebook:
+    """Representable values; the code of a value is its position.
+
+    A table need not be sorted, and two codes may stand for the same value. Encoding sorts
+    the table stably and takes the nearest value, the lower one on a tie.
+    """
+
+    name: str
+    values: tuple[float, ...]
+
+    @property
+    def max_gap(self) -> float:
+        """Largest distance between neighbouring values within [-1, 1]."""
+        inside = sorted(v for v in self.values if -1.0 <= v <= 1.0)
+        return max(b - a for a, b in itertools.pairwise(inside))
+
+    def table(self, device: torch.device | str = "cpu") -> Tensor:
+        """The values as float32 `[len(values)]`. Shared between callers: never write to it."""
+        return _table(self, str(device))
+
+
+@functools.cache
+def _table(codebook: Codebook, device: str) -> Tensor:
+    return torch.tensor(codebook.values, dtype=torch.float32, device=device)
+
+
+NF4 = Codebook(
+    "nf4",
+    (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+)
+"""4-bit NormalFloat. Source: QLoRA, arXiv:2305.14314, appendix E; stored as bitsandbytes does."""
+
+_FP4_MAGNITUDES = tuple(twelfths / 12 for twelfths in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
+
+FP4 = Codebook("fp4", _FP4_MAGNITUDES + tuple(0.0 - v for v in _FP4_MAGNITUDES))
+"""4-bit float in bitsandbytes' bit-pattern order: sign, then 2 exponent bits and 1 mantissa bit.
+Code 8 is a second zero. Source: bitsandbytes."""
+
+INT4 = Codebook("int4", tuple((code - 8) / 7 for code in range(16)))
+"""Symmetric 4-bit integers, offset binary: code c stands for (c - 8) / 7 of the block's absmax.
+Encoding never produces code 0, which stands for -8/7, so 15 levels are in use."""
+
+INT4_AFFINE = Codebook("int4_affine", tuple(float(code) for code in range(16)))
+"""4-bit integers 0..15 with a scale and a zero-point a block: see `formats.affine`."""
+
+FOUR_BIT_CODEBOOKS = {c.name: c for c in (NF4, FP4, INT4, INT4_AFFINE)}
+
+
+def find_codebook(name: str | Codebook) -> Codebook:
+    """The 4-bit codebook of that name.
+
+    Raises:
+        UsageError: There is none; the message lists those there are.
+    """
+    if isinstance(name, Codebook):
+        return name
+    if name not in FOUR_BIT_CODEBOOKS:
+        known = ", ".join(FOUR_BIT_CODEBOOKS)
+        raise UsageError(f"unknown codebook {name!r}; known 4-bit codebooks: {known}")
+    return FOUR_BIT_CODEBOOKS[name]
+
+
+# fmt: off
+_DYNAMIC_POSITIVE = (
+    5.5000004e-07, 3.2500002e-06, 7.75e-06, 2.1249998e-05, 4.375e-05, 6.625e-05, 8.875e-05,
+    0.00015625001, 0.00026875004, 0.00038125002, 0.00049375003, 0.0006062501, 0.00071875006,
+    0.00083125, 0.0009437501, 0.0012812499, 0.00184375, 0.00240625, 0.00296875, 0.0035312497,
+    0.00409375, 0.0046562497, 0.0052187503, 0.00578125, 0.00634375, 0.00690625, 0.00746875,
+    0.00803125, 0.00859375, 0.009156249, 0.00971875, 0.01140625, 0.01421875, 0.01703125,
+    0.019843752, 0.02265625, 0.02546875, 0.028281251, 0.03109375, 0.03390625, 0.036718752,
+    0.03953125, 0.042343747, 0.04515625, 0.04796875, 0.05078125, 0.05359375, 0.05640625,
+    0.059218753, 0.06203125, 0.06484375, 0.067656256, 0.070468746, 0.07328125, 0.07609375,
+    0.07890625, 0.08171876, 0.08453125, 0.08734375, 0.09015625, 0.092968754, 0.09578126,
+    0.09859375, 0.107031256, 0.12109375, 0.13515624, 0.14921875, 0.16328125, 0.17734376,
+    0.19140625, 0.20546874, 0.21953125, 0.23359375, 0.24765624, 0.26171875, 0.27578127,
+    0.28984374, 0.30390626, 0.31796873, 0.33203125, 0.34609374, 0.36015624, 0.37421876,
+    0.38828123, 0.40234375, 0.41640624, 0.43046874, 0.44453126, 0.45859373, 0.47265625,
+    0.4867187, 0.50078124, 0.5148437, 0.5289062, 0.54296875, 0.5570313, 0.5710938, 0.58515626,
+    0.5992187, 0.61328125, 0.6273438, 0.6414063, 0.65546876, 0.6695312, 0.68359375, 0.6976563,
+    0.7117188, 0.72578126, 0.7398437, 0.75390625, 0.7679688, 0.78203124, 0.79609376, 0.8101562,
+    0.82421875, 0.8382813, 0.85234374, 0.86640626, 0.8804687, 0.89453125, 0.9085938, 0.92265624,
+    0.93671876, 0.9507812, 0.96484375, 0.9789063, 0.99296874,
+)
+# fmt: on
+
+DYNAMIC_MAP = Codebook(
+    "dynamic8", (*(-v for v in reversed(_DYNAMIC_POSITIVE)), 0.0, *_DYNAMIC_POSITIVE, 1.0)
+)
+"""Signed 8-bit dynamic map of 256 entries, from -0.99296875 to 1, sorted. Decade i of seven, ending
+at 10^(i-6), is cut into 2^i steps and holds their middles; both signs, plus 0 and 1.
+Source: arXiv:2110.02861 (8-bit optimizers), as bitsandbytes builds it; the second level of
+double quantization and 8-bit optimizer state use it."""
