@@ -1,0 +1,24 @@
+"""The table of commands: what `halfbyte --help` lists and where each one lives."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command that is imported when it is used.
+
+    Attributes:
+        module: Holds `app`, made by `parsing.new_app`.
+        help: One line for `halfbyte --help`.
+    """
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "doctor": Command(
+        "halfbyte.cli.doctor", "Check this machine and say how to fix what is wrong."
+    ),
+}
+"""Name -> command, in the order of the help."""

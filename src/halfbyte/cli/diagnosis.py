@@ -1,0 +1,233 @@
+"""Known problems of a machine or installation, each with the command that fixes it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from halfbyte.cli.machine import Machine
+from halfbyte.cli.output import format_bytes
+from halfbyte.cli.software import Software
+
+LOW_MEMORY = 2 << 30
+"""A 135M-parameter model trains in less than this; importing torch alone takes a quarter GiB."""
+
+LOW_DISK = 5 << 30
+"""Room for a 7B-parameter model in 4 bits and a run beside it."""
+
+MINIMUM_TORCH = (2, 13)
+
+Severity = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that stops or slows halfbyte here.
+
+    Attributes:
+        code: Short stable name.
+        severity: `error`: nothing works; `warning`: less than this machine can do; `note`: worth
+            knowing.
+        what: What was found and what it costs.
+        fix: A command that mends it, or shows what to do; empty when nothing can be done.
+    """
+
+    code: str
+    severity: Severity
+    what: str
+    fix: str
+
+
+def diagnose(machine: Machine, software: Software) -> list[Problem]:
+    """All known problems, the worst first."""
+    order: list[Severity] = ["error", "warning", "note"]
+    found = [
+        *_packages(software),
+        *_torch(machine, software),
+        *_kernels(machine, software),
+        *_memory(machine),
+        *_disks(machine),
+        *_threads(machine),
+    ]
+    return sorted(found, key=lambda problem: order.index(problem.severity))
+
+
+def _packages(software: Software) -> Iterator[Problem]:
+    missing = [name for name, version in software.required.items() if version is None]
+    if missing:
+        names = " ".join(missing)
+        yield Problem(
+            "missing-package",
+            "error",
+            f"required packages are missing: {names}",
+            f"pip install {names}",
+        )
+
+
+def _torch(machine: Machine, software: Software) -> Iterator[Problem]:
+    torch = software.torch
+    minimum = ".".join(map(str, MINIMUM_TORCH))
+    if torch.version is None:
+        if software.required.get("torch") is not None:
+            yield Problem(
+                "torch-broken",
+                "error",
+                f"torch is installed and does not import: {torch.failure}",
+                "pip install --force-reinstall torch",
+            )
+        return
+    if _release(torch.version) < MINIMUM_TORCH:
+        yield Problem(
+            "torch-old",
+            "error",
+            f"torch {torch.version} is installed, {minimum} or newer is needed",
+            f"pip install 'torch>={minimum}'",
+        )
+    public = torch.version.partition("+")[0]
+    if torch.cuda and not torch.gpus and not machine.nvidia_driver:
+        yield Problem(
+            "torch-cuda-without-gpu",
+            "note",
+            f"torch is built for CUDA {torch.cuda} and there is no GPU: gigabytes of libraries "
+            "that nothing uses",
+            f"pip install torch=={public} --index-url https://download.pytorch.org/whl/cpu",
+        )
+    elif torch.cuda and not torch.gpus:
+        yield Problem(
+            "gpu-unusable",
+            "warning",
+            f"an NVIDIA driver is loaded and torch (CUDA {torch.cuda}) cannot use the GPU: the "
+            "driver may be too old, or the device hidden",
+            "nvidia-smi; echo CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES",
+        )
+    elif machine.nvidia_driver and not torch.cuda:
+        yield Problem(
+            "gpu-unused",
+            "warning",
+            "there is an NVIDIA GPU and torch is built without CUDA",
+            f"pip install --force-reinstall torch=={public}",
+        )
+
+
+def _kernels(machine: Machine, software: Software) -> Iterator[Problem]:
+    idle = [b for b in software.backends if b.name == "native" and not b.in_use]
+    if idle and software.compiler is None:
+        yield Problem(
+            "no-compiler",
+            "warning",
+            "the C++ kernels are not built and there is no C++ compiler: plain torch is used",
+            "sudo apt-get install g++ && "
+            "pip install --force-reinstall --no-deps --no-build-isolation halfbyte",
+        )
+    elif idle:
+        yield Problem(
+            "native-unused",
+            "warning",
+            f"the C++ kernels are not in use: {idle[0].reason}",
+            "pip install --force-reinstall --no-deps --no-build-isolation halfbyte",
+        )
+    features = set(machine.cpu.features)
+    if features and not features & {"avx2", "asimd"}:
+        yield Problem(
+            "old-cpu",
+            "note",
+            "the processor has no AVX2: only the portable kernels run, several times slower",
+            "",
+        )
+    if features and not features & {"avx512_bf16", "amx_bf16", "bf16"}:
+        yield Problem(
+            "no-bf16",
+            "note",
+            "the processor has no bf16 instructions: bf16 is emulated, so compare it with fp32",
+            "halfbyte train CONFIG training.compute_dtype=float32",
+        )
+
+
+def _memory(machine: Machine) -> Iterator[Problem]:
+    memory = machine.memory
+    if memory.available is not None and memory.available < LOW_MEMORY:
+        yield Problem(
+            "low-memory",
+            "warning",
+            f"{format_bytes(memory.available)} of memory are available",
+            "ps -eo rss,pid,comm --sort=-rss | head",
+        )
+    if memory.limit is not None:
+        total = "unknown" if memory.total is None else format_bytes(memory.total)
+        yield Problem(
+            "memory-limit",
+            "note",
+            f"a control group limits memory to {format_bytes(memory.limit)} (installed: {total})",
+            "",
+        )
+    if memory.swap_used > memory.swap_total // 2:
+        yield Problem(
+            "swapping",
+            "warning",
+            f"{format_bytes(memory.swap_used)} of {format_bytes(memory.swap_total)} swap are in "
+            "use: what is swapped out comes back page by page",
+            "vmstat 1 5",
+        )
+    if memory.hugepages == "never":
+        yield Problem(
+            "no-hugepages",
+            "note",
+            "transparent huge pages are off: fresh buffers are mapped in pieces of 4 KiB",
+            "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
+        )
+    if machine.address_space_limit is not None:
+        yield Problem(
+            "address-space-limit",
+            "warning",
+            f"`ulimit -v` allows {format_bytes(machine.address_space_limit)} of address space: "
+            "memory-mapped weights count in full",
+            "ulimit -v unlimited",
+        )
+
+
+def _disks(machine: Machine) -> Iterator[Problem]:
+    for disk in machine.disks:
+        if disk.free < LOW_DISK:
+            yield Problem(
+                "low-disk",
+                "warning",
+                f"{format_bytes(disk.free)} are free for the {disk.purpose}, {disk.path}",
+                f"du -xh --max-depth=1 {disk.path} | sort -h | tail",
+            )
+
+
+def _threads(machine: Machine) -> Iterator[Problem]:
+    usable = machine.cpu.num_usable
+    for name, value in machine.thread_variables.items():
+        if not value.isdigit() or int(value) < 1:
+            yield Problem(
+                "threads-malformed", "warning", f"{name}={value!r} is not a number", f"unset {name}"
+            )
+        elif int(value) > usable:
+            yield Problem(
+                "threads-too-many",
+                "warning",
+                f"{name}={value} on {usable} usable processors: threads wait for each other",
+                f"export {name}={usable}",
+            )
+        elif int(value) < usable:
+            yield Problem(
+                "threads-few",
+                "warning",
+                f"{name}={value} leaves {usable - int(value)} of {usable} processors idle",
+                f"unset {name}",
+            )
+    quota = machine.cpu.quota
+    if quota is not None and quota < usable and not machine.thread_variables:
+        threads = max(1, int(quota))
+        yield Problem(
+            "cpu-quota",
+            "warning",
+            f"a control group allows {quota:g} of {usable} processors' time: more threads than "
+            "that are stopped in mid-work",
+            f"export OMP_NUM_THREADS={threads}",
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    parts = version.partition("+")[0].split(".")[:2]
+    return tuple(int(part) for part in parts if part.isdigit())

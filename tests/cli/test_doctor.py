@@ -1,0 +1,355 @@
+"""`doctor` on this machine and on simulated ones."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import sys
+from collections import namedtuple
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from halfbyte.cli import app, doctor, software
+from halfbyte.cli.diagnosis import diagnose
+from halfbyte.cli.machine import Cpu, Disk, Machine, Memory, cache_directory, read_machine
+from halfbyte.cli.output import Output
+from halfbyte.cli.software import Backend, Software, Torch
+
+GIB = 1 << 30
+
+CPUINFO = """processor\t: 0
+model name\t: Imaginary 9000
+flags\t\t: fpu avx2 fma avx512f avx512_bf16
+
+processor\t: 1
+model name\t: Other
+flags\t\t: fpu
+"""
+MEMINFO = """MemTotal:       16777216 kB
+MemFree:         1048576 kB
+MemAvailable:    8388608 kB
+SwapTotal:       2097152 kB
+SwapFree:        1048576 kB
+HugePages_Total:       0
+"""
+
+
+def write_tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_processor_and_memory(tmp_path: Path) -> None:
+    machine = read_machine(
+        write_tree(
+            tmp_path,
+            {
+                "proc/cpuinfo": CPUINFO,
+                "proc/meminfo": MEMINFO,
+                "sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]\n",
+                "proc/driver/nvidia/version": "NVRM version: 999",
+            },
+        ),
+        {"OMP_NUM_THREADS": "3", "HOME": "/"},
+    )
+    assert machine.cpu.model == "Imaginary 9000"
+    assert machine.cpu.features == ("avx2", "fma", "avx512f", "avx512_bf16")
+    assert machine.cpu.quota is None
+    assert machine.memory == Memory(
+        total=16 * GIB,
+        available=8 * GIB,
+        limit=None,
+        swap_total=2 * GIB,
+        swap_used=1 * GIB,
+        hugepages="never",
+    )
+    assert machine.thread_variables == {"OMP_NUM_THREADS": "3"}
+    assert machine.nvidia_driver
+
+
+def test_a_system_that_tells_nothing(tmp_path: Path) -> None:
+    machine = read_machine(tmp_path, {})
+    assert machine.cpu.features == ()
+    assert machine.cpu.model
+    assert machine.memory == Memory(None, None, None, 0, 0, None)
+
+
+GROUP_V2 = {
+    "proc/meminfo": MEMINFO,
+    "proc/self/cgroup": "0::/jobs/one\n",
+    "sys/fs/cgroup/jobs/one/memory.max": "max\n",
+    "sys/fs/cgroup/jobs/memory.max": str(4 * GIB),
+    "sys/fs/cgroup/jobs/memory.current": str(3 * GIB),
+    "sys/fs/cgroup/jobs/memory.stat": f"anon 5\ninactive_file {1 * GIB}\n",
+    "sys/fs/cgroup/jobs/cpu.max": "150000 100000\n",
+}
+GROUP_V1 = {
+    "proc/meminfo": MEMINFO,
+    "proc/self/cgroup": "4:memory:/job\n3:cpu,cpuacct:/job\n0::/\n",
+    "sys/fs/cgroup/memory/job/memory.limit_in_bytes": str(4 * GIB),
+    "sys/fs/cgroup/memory/job/memory.usage_in_bytes": str(3 * GIB),
+    "sys/fs/cgroup/memory/job/memory.stat": f"total_inactive_file {1 * GIB}\n",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+    "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "150000",
+    "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000",
+    "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+    "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+}
+GROUP_IN_CONTAINER = {
+    # The path is the host's and does not exist below the container's mount.
+    "proc/meminfo": MEMINFO,
+    "proc/self/cgroup": "0::/docker/0123\n",
+    "sys/fs/cgroup/memory.max": str(4 * GIB),
+    "sys/fs/cgroup/memory.current": str(2 * GIB),
+    "sys/fs/cgroup/cpu.max": "150000 100000",
+}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        pytest.param(GROUP_V2, id="v2-ancestor"),
+        pytest.param(GROUP_V1, id="v1"),
+        pytest.param(GROUP_IN_CONTAINER, id="container"),
+    ],
+)
+def test_control_group_limits(tmp_path: Path, files: dict[str, str]) -> None:
+    machine = read_machine(write_tree(tmp_path, files), {})
+    assert machine.memory.limit == 4 * GIB
+    assert machine.memory.available == 2 * GIB
+    assert machine.cpu.quota == 1.5
+
+
+def test_a_full_control_group_has_nothing_left(tmp_path: Path) -> None:
+    files = {**GROUP_IN_CONTAINER, "sys/fs/cgroup/memory.current": str(5 * GIB)}
+    assert read_machine(write_tree(tmp_path, files), {}).memory.available == 0
+
+
+def test_the_cache_is_where_xdg_says() -> None:
+    assert cache_directory({"XDG_CACHE_HOME": "/c"}) == Path("/c/halfbyte")
+    assert cache_directory({}) == Path.home() / ".cache" / "halfbyte"
+
+
+def test_a_limited_address_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (7 * GIB, resource.RLIM_INFINITY))
+    assert read_machine(tmp_path, {}).address_space_limit == 7 * GIB
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert read_machine(tmp_path, {}).address_space_limit is None
+
+
+def test_processors_without_affinity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert read_machine(tmp_path, {}).cpu.num_usable == 6
+
+
+HEALTHY_MACHINE = Machine(
+    system="Linux 6",
+    cpu=Cpu("Imaginary 9000", ("avx2", "avx512_bf16"), num_usable=8, quota=None),
+    memory=Memory(64 * GIB, 60 * GIB, None, 8 * GIB, 0, "madvise"),
+    disks=(Disk("working directory", Path("/w"), 100 * GIB), Disk("cache", Path("/c"), 100 * GIB)),
+    thread_variables={},
+    nvidia_driver=False,
+    address_space_limit=None,
+)
+HEALTHY_TORCH = Torch("2.13.0+cpu", "", None, (), 8)
+HEALTHY_SOFTWARE = Software(
+    python="3.12.1",
+    halfbyte="0.1.0",
+    torch=HEALTHY_TORCH,
+    required={"torch": "2.13.0", "typer": "1"},
+    optional={"triton": None},
+    compiler="/usr/bin/c++",
+    backends=(Backend("native", in_use=True, reason="avx512bf16"),),
+)
+
+
+def with_cpu(**changes: object) -> Machine:
+    return dataclasses.replace(
+        HEALTHY_MACHINE, cpu=dataclasses.replace(HEALTHY_MACHINE.cpu, **changes)
+    )
+
+
+def with_memory(**changes: object) -> Machine:
+    return dataclasses.replace(
+        HEALTHY_MACHINE, memory=dataclasses.replace(HEALTHY_MACHINE.memory, **changes)
+    )
+
+
+def with_machine(**changes: object) -> Machine:
+    return dataclasses.replace(HEALTHY_MACHINE, **changes)
+
+
+def with_torch(**changes: object) -> Software:
+    return with_software(torch=dataclasses.replace(HEALTHY_TORCH, **changes))
+
+
+def with_software(**changes: object) -> Software:
+    return dataclasses.replace(HEALTHY_SOFTWARE, **changes)
+
+
+IDLE = (Backend("native", in_use=False, reason="not built"),)
+
+M, S = HEALTHY_MACHINE, HEALTHY_SOFTWARE
+PROBLEMS = [
+    ("missing-package", "error", M, with_software(required={"typer": None, "torch": "2"})),
+    (
+        "torch-broken",
+        "error",
+        M,
+        with_torch(version=None, failure="ImportError: libfoo.so"),
+    ),
+    ("torch-old", "error", M, with_torch(version="2.9.1")),
+    ("torch-cuda-without-gpu", "note", M, with_torch(version="2.13.0", cuda="13.0")),
+    ("gpu-unusable", "warning", with_machine(nvidia_driver=True), with_torch(cuda="13.0")),
+    ("gpu-unused", "warning", with_machine(nvidia_driver=True), S),
+    ("no-compiler", "warning", M, with_software(compiler=None, backends=IDLE)),
+    ("native-unused", "warning", M, with_software(backends=IDLE)),
+    ("old-cpu", "note", with_cpu(features=("avx512_bf16",)), S),
+    ("no-bf16", "note", with_cpu(features=("avx2",)), S),
+    ("low-memory", "warning", with_memory(available=1 * GIB), S),
+    ("memory-limit", "note", with_memory(limit=32 * GIB), S),
+    ("memory-limit", "note", with_memory(limit=32 * GIB, total=None), S),
+    ("swapping", "warning", with_memory(swap_used=5 * GIB), S),
+    ("no-hugepages", "note", with_memory(hugepages="never"), S),
+    ("address-space-limit", "warning", with_machine(address_space_limit=GIB), S),
+    ("low-disk", "warning", with_machine(disks=(Disk("cache", Path("/c"), GIB),)), S),
+    ("threads-malformed", "warning", with_machine(thread_variables={"OMP_NUM_THREADS": "two"}), S),
+    ("threads-malformed", "warning", with_machine(thread_variables={"MKL_NUM_THREADS": "0"}), S),
+    ("threads-too-many", "warning", with_machine(thread_variables={"OMP_NUM_THREADS": "9"}), S),
+    ("threads-few", "warning", with_machine(thread_variables={"OMP_NUM_THREADS": "1"}), S),
+    ("cpu-quota", "warning", with_cpu(quota=1.5), S),
+]
+
+
+def test_a_healthy_machine_has_no_problem() -> None:
+    assert diagnose(HEALTHY_MACHINE, HEALTHY_SOFTWARE) == []
+    gpu = with_torch(cuda="13.0", gpus=("Imaginary GPU",))
+    assert diagnose(with_machine(nvidia_driver=True), gpu) == []
+    assert diagnose(with_machine(thread_variables={"OMP_NUM_THREADS": "8"}), S) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "severity", "machine", "software"),
+    PROBLEMS,
+    ids=[f"{i}-{problem[0]}" for i, problem in enumerate(PROBLEMS)],
+)
+def test_each_problem_is_found_alone_and_explained(
+    code: str, severity: str, machine: Machine, software: Software
+) -> None:
+    (problem,) = diagnose(machine, software)
+    assert (problem.code, problem.severity) == (code, severity)
+    assert len(problem.what) > 20
+    assert problem.fix or code in {"old-cpu", "memory-limit"}
+
+
+def test_errors_come_first() -> None:
+    problems = diagnose(with_cpu(quota=1.5, features=("avx2",)), with_torch(version="2.9.1"))
+    assert [p.severity for p in problems] == ["error", "warning", "note"]
+
+
+def test_a_missing_torch_is_one_problem_not_two() -> None:
+    software = with_software(
+        required={"torch": None}, torch=Torch(None, "No module named torch", None, (), 0)
+    )
+    (problem,) = diagnose(HEALTHY_MACHINE, software)
+    assert problem.fix == "pip install torch"
+
+
+def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for section in ("Software", "Kernels", "Machine"):
+        assert section in out.splitlines()
+
+
+def test_this_machine_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["doctor", "--json"]) == 0
+    captured = capsys.readouterr()
+    record = json.loads(captured.out)
+    assert set(record) == {"software", "machine", "problems"}
+    assert record["software"]["torch"]["version"].startswith("2.13")
+    assert any(backend["in_use"] for backend in record["software"]["backends"])
+    assert record["machine"]["cpu"]["num_usable"] >= 1
+    assert "Machine" in captured.err
+
+
+def test_an_error_makes_doctor_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = Torch(None, "ImportError: libfoo.so", None, (), 0)
+    monkeypatch.setattr(
+        doctor, "read_software", lambda: with_software(torch=broken, compiler=None, backends=())
+    )
+    monkeypatch.setattr(doctor, "read_machine", lambda: with_memory(limit=2 * GIB, total=None))
+    assert app.run(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "error: torch is installed and does not import: ImportError: libfoo.so" in out
+    assert "    $ pip install --force-reinstall torch" in out
+    assert "memory limit" in out
+    assert "60.0 GiB available of unknown" in out
+
+
+def test_no_problem_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.show_problems(Output(), [])
+    doctor.show_software(Output(), with_torch(cuda="13.0", gpus=("Imaginary GPU",)))
+    out = capsys.readouterr().out
+    assert out.startswith("No known problems.\n")
+    assert "  Imaginary GPU" in out
+    assert "CUDA 13.0" in out
+
+
+def test_missing_packages_have_no_version() -> None:
+    assert software.versions(["typer", "no-such-package"])["no-such-package"] is None
+
+
+def test_a_torch_that_does_not_import() -> None:
+    def load(name: str) -> ModuleType:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    torch = software.read_torch(load)
+    assert torch.version is None
+    assert torch.failure == "OSError: torch: cannot open shared object file"
+
+
+def test_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Imaginary GPU")
+    assert software.read_torch().gpus == ("Imaginary GPU",)
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert software.read_software().compiler is None
+
+
+def test_low_disk_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = namedtuple("usage", "total used free")  # noqa: PYI024
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
+    machine = read_machine(tmp_path, {"XDG_CACHE_HOME": str(tmp_path / "none" / "yet")})
+    assert [disk.free for disk in machine.disks] == [1, 1]
+    assert machine.disks[1].path == tmp_path
+
+
+def test_backends_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses = (SimpleNamespace(name="native", in_use=False, reason="no compiler"),)
+    monkeypatch.setattr(software.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(
+        software.importlib, "import_module", lambda _: SimpleNamespace(status=lambda: statuses)
+    )
+    assert software.read_backends() == (Backend("native", in_use=False, reason="no compiler"),)
+
+
+def test_without_kernels_the_reference_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software.importlib.util, "find_spec", lambda _: None)
+    (backend,) = software.read_backends()
+    assert backend.in_use
+    assert backend.name == "reference"
