@@ -9,10 +9,12 @@ import halfbyte
 
 PUBLIC = {
     "DoubleQuantized",
+    "ErrorReport",
     "HalfbyteError",
     "QuantizedTensor",
     "__version__",
     "double_quantize",
+    "error_report",
     "quantize",
 }
 

@@ -7,9 +7,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DoubleQuantized": "halfbyte.formats.double_quantization",
+    "ErrorReport": "halfbyte.formats.error_report",
     "HalfbyteError": "halfbyte.errors",
     "QuantizedTensor": "halfbyte.formats.quantized_tensor",
     "double_quantize": "halfbyte.formats.double_quantization",
+    "error_report": "halfbyte.formats.error_report",
     "quantize": "halfbyte.formats.quantized_tensor",
 }
 """Public name -> the module that defines it, imported when the name is first used."""
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from halfbyte.errors import HalfbyteError as HalfbyteError
     from halfbyte.formats.double_quantization import DoubleQuantized as DoubleQuantized
     from halfbyte.formats.double_quantization import double_quantize as double_quantize
+    from halfbyte.formats.error_report import ErrorReport as ErrorReport
+    from halfbyte.formats.error_report import error_report as error_report
     from halfbyte.formats.quantized_tensor import QuantizedTensor as QuantizedTensor
     from halfbyte.formats.quantized_tensor import quantize as quantize
 
