@@ -1,0 +1,1 @@
+"""Measuring: what quantization, training and merging did to a model."""
