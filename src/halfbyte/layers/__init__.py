@@ -1,0 +1,1 @@
+"""Building blocks of a decoder: linears by handle, LoRA, norm, rotary, attention, loss."""

@@ -1,0 +1,152 @@
+"""Causal attention over packed segments, with grouped heads, windows and a ragged cache.
+
+Two entrances, each one function that a kernel can replace: `packed_attention` when all keys are
+in the batch, `cached_attention` when earlier keys are in a cache.
+
+Dimension key:
+    T  tokens, packed         H  query heads
+    Q  queries of a segment   G  key-value heads; H is a multiple of G
+    S  keys of a segment      D  features of a head
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halfbyte.layers.segments import Segments
+
+QUERY_BLOCK = 1024
+"""Queries handled together where a mask is needed: bounds the mask, and skips keys out of reach."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What differs between layers.
+
+    Attributes:
+        scale: Multiplies query-key products.
+        window: A token sees itself and `window - 1` tokens before it; None means all.
+        softcap: Scores become `softcap * tanh(score / softcap)`; None leaves them.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def packed_attention(
+    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, segments: Segments, spec: AttentionSpec
+) -> Tensor:
+    """Attention of each segment over itself, `[T, H, D]`. Differentiable."""
+    bounds = segments.bounds_q
+    parts = [
+        _segment_attention(
+            q_THD[begin:end],
+            k_TGD[begin:end].transpose(0, 1),
+            v_TGD[begin:end].transpose(0, 1),
+            spec,
+        )
+        for begin, end in pairwise(bounds)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def cached_attention(
+    q_THD: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    segments: Segments,
+    spec: AttentionSpec,
+) -> Tensor:
+    """Attention of each segment over its own sequence, the earlier part of it cached.
+
+    Args:
+        q_THD: Queries of the new tokens.
+        keys: `[G, S, D]` a segment, the new tokens' last.
+        values: As `keys`.
+        segments: Their boundaries.
+        spec: Scale, window, softcap.
+
+    Returns:
+        `[T, H, D]`.
+    """
+    bounds = segments.bounds_q
+    parts = [
+        _segment_attention(q_THD[begin:end], k, v, spec)
+        for begin, end, k, v in zip(bounds[:-1], bounds[1:], keys, values, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _segment_attention(q_QHD: Tensor, k_GSD: Tensor, v_GSD: Tensor, spec: AttentionSpec) -> Tensor:
+    """`[Q, H, D]`; the last query sees the last key."""
+    num_queries, num_keys = q_QHD.shape[0], k_GSD.shape[1]
+    if num_queries == 1:
+        begin = 0 if spec.window is None else max(0, num_keys - spec.window)
+        return _one_query(q_QHD, k_GSD[:, begin:], v_GSD[:, begin:], spec)
+    windowed = spec.window is not None and spec.window < num_keys
+    if num_queries == num_keys and not windowed and spec.softcap is None:
+        return _attend(q_QHD, k_GSD, v_GSD, None, spec)
+    blocks = []
+    offset = num_keys - num_queries
+    for first in range(0, num_queries, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, num_queries)
+        begin = 0
+        if spec.window is not None:
+            begin = max(0, offset + first - spec.window + 1)
+        keys = torch.arange(begin, offset + last, device=q_QHD.device)
+        distance = torch.arange(offset + first, offset + last, device=q_QHD.device)[:, None] - keys
+        mask = distance >= 0
+        if spec.window is not None:
+            mask &= distance < spec.window
+        reach = slice(begin, offset + last)
+        blocks.append(_attend(q_QHD[first:last], k_GSD[:, reach], v_GSD[:, reach], mask, spec))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _attend(
+    q_QHD: Tensor, k_GSD: Tensor, v_GSD: Tensor, mask: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    """Masked attention; without a mask, causal from the first key on."""
+    q_HQD = q_QHD.transpose(0, 1)
+    if spec.softcap is not None:
+        return _attend_capped(q_HQD, k_GSD, v_GSD, mask, spec.softcap, spec.scale)
+    out = functional.scaled_dot_product_attention(
+        q_HQD[None],
+        k_GSD[None],
+        v_GSD[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=spec.scale,
+        enable_gqa=q_HQD.shape[0] != k_GSD.shape[0],
+    )
+    return out[0].transpose(0, 1)
+
+
+def _attend_capped(
+    q_HQD: Tensor, k_GSD: Tensor, v_GSD: Tensor, mask: Tensor | None, softcap: float, scale: float
+) -> Tensor:
+    repeats = q_HQD.shape[0] // k_GSD.shape[0]
+    k_HSD, v_HSD = (x.repeat_interleave(repeats, dim=0) for x in (k_GSD, v_GSD))
+    scores = (q_HQD @ k_HSD.mT).float() * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(dim=-1).to(q_HQD.dtype) @ v_HSD).transpose(0, 1)
+
+
+def _one_query(q_1HD: Tensor, k_GSD: Tensor, v_GSD: Tensor, spec: AttentionSpec) -> Tensor:
+    """The query heads of a group see the same keys, so they are queries of one head here."""
+    _, num_heads, head_dim = q_1HD.shape
+    if spec.softcap is not None:
+        mask = torch.ones(1, k_GSD.shape[1], dtype=torch.bool, device=q_1HD.device)
+        return _attend(q_1HD, k_GSD, v_GSD, mask, spec)
+    grouped = q_1HD.reshape(1, k_GSD.shape[0], -1, head_dim)
+    out = functional.scaled_dot_product_attention(
+        grouped, k_GSD[None], v_GSD[None], scale=spec.scale
+    )
+    return out.reshape(1, num_heads, head_dim)

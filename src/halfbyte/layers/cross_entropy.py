@@ -1,0 +1,207 @@
+"""Cross-entropy of a linear head, at chosen rows, without ever holding all logits.
+
+The forward goes through the rows in chunks: logits, log-sum-exp, loss, and at once the gradient
+of the chunk's input. So the largest intermediate is a chunk of logits, in the backward too.
+
+Dimension key:
+    N  rows with a target     C  rows of a chunk
+    D  features               V  vocabulary
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import UsageError
+from halfbyte.formats.checks import describe
+from halfbyte.layers.autograd import Context, apply
+from halfbyte.layers.matmul import multiply, multiply_transposed
+from halfbyte.layers.weights import Weight, WeightRef, WeightStore
+
+CHUNK_BYTES = 32 * 2**20
+"""Of float32 logits at a time, unless told otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The linear layer that turns features into logits.
+
+    Attributes:
+        weight: Handle of the weight `[V, D]`; that of the embeddings when tied.
+        store: Where it lives.
+        softcap: Logits become `softcap * tanh(logit / softcap)`; None leaves them.
+    """
+
+    weight: WeightRef
+    store: WeightStore
+    softcap: float | None = None
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """`[N, V]`, in the dtype of `x`. Not differentiable: training uses the loss."""
+        weight = self.store.acquire(self.weight)
+        try:
+            logits = multiply(x_ND.detach(), _detached(weight))
+        finally:
+            self.store.release(self.weight)
+        return logits if self.softcap is None else _capped(logits, self.softcap)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TargetScores:
+    """How well targets were predicted.
+
+    Attributes:
+        losses: Negative log-likelihood in nats, float32 `[N]`.
+        correct: Whether the target had the largest logit, bool `[N]`.
+    """
+
+    losses: Tensor
+    correct: Tensor
+
+
+def linear_cross_entropy(
+    x_ND: Tensor,
+    targets_N: Tensor,
+    head: Head,
+    *,
+    grad_scale: float = 1.0,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """Sum over rows of -log softmax(x Wᵀ)[target], a float32 scalar; softmax in float32.
+
+    Gradients reach `x`, and the weight when its store hands it out as trainable.
+
+    Args:
+        x_ND: Rows that have a target, compute dtype.
+        targets_N: int64 `[N]`, 0 to V - 1.
+        head: The weight.
+        grad_scale: What the caller will multiply the sum with before going backward. It changes
+            no result, but float16 gradients are rounded after the scaling, not before.
+        chunk_rows: C; by default as many as `CHUNK_BYTES` hold.
+
+    Raises:
+        UsageError: Shapes, dtype or a target do not fit.
+    """
+    _require_targets(x_ND, targets_N, head)
+    rows = chunk_rows or default_chunk_rows(head.weight.shape[0])
+    weight = head.store.acquire(head.weight)
+    trainable = weight if isinstance(weight, Tensor) and weight.requires_grad else None
+    try:
+        return apply(
+            _LinearCrossEntropy,
+            x_ND,
+            trainable,
+            targets_N,
+            _detached(weight),
+            head.softcap,
+            grad_scale,
+            rows,
+        )
+    finally:
+        head.store.release(head.weight)
+
+
+def score_targets(
+    x_ND: Tensor, targets_N: Tensor, head: Head, *, chunk_rows: int | None = None
+) -> TargetScores:
+    """Loss and correctness of every row; for evaluation, without gradients.
+
+    Raises:
+        UsageError: As `linear_cross_entropy`.
+    """
+    _require_targets(x_ND, targets_N, head)
+    losses = torch.empty(len(targets_N), dtype=torch.float32, device=x_ND.device)
+    correct = torch.empty(len(targets_N), dtype=torch.bool, device=x_ND.device)
+    for chunk in _chunks(len(targets_N), chunk_rows or default_chunk_rows(head.weight.shape[0])):
+        logits_CV = head.logits(x_ND[chunk]).float()
+        picked_C1 = targets_N[chunk, None]
+        losses[chunk] = logits_CV.logsumexp(dim=1) - logits_CV.gather(1, picked_C1)[:, 0]
+        correct[chunk] = logits_CV.argmax(dim=1) == targets_N[chunk]
+    return TargetScores(losses, correct)
+
+
+def default_chunk_rows(vocabulary: int) -> int:
+    """C for a vocabulary: the rows that `CHUNK_BYTES` hold, at least one."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
+def _require_targets(x_ND: Tensor, targets_N: Tensor, head: Head) -> None:
+    problems = []
+    vocabulary, features = head.weight.shape
+    if x_ND.dim() != 2 or x_ND.shape[1] != features:  # noqa: PLR2004
+        problems.append(f"x: [N, {features}] expected, found {describe(x_ND)}")
+    if targets_N.dtype != torch.int64 or tuple(targets_N.shape) != (x_ND.shape[0],):
+        problems.append(f"targets: int64 [{x_ND.shape[0]}] expected, found {describe(targets_N)}")
+    elif len(targets_N):
+        low, high = (int(bound) for bound in targets_N.aminmax())
+        if low < 0 or high >= vocabulary:
+            problems.append(f"targets: 0 to {vocabulary - 1} expected, found {low} to {high}")
+    if problems:
+        raise UsageError("no loss can be computed", problems=problems)
+
+
+def _detached(weight: Weight) -> Weight:
+    return weight.detach() if isinstance(weight, Tensor) else weight
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    return (slice(begin, min(begin + size, count)) for begin in range(0, count, size))
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    return logits.div_(softcap).tanh_().mul_(softcap)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Context,
+        x_ND: Tensor,
+        trainable: Tensor | None,
+        targets_N: Tensor,
+        weight_VD: Weight,
+        softcap: float | None,
+        grad_scale: float,
+        chunk_rows: int,
+    ) -> Tensor:
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(x_ND) if wants_x else None
+        grad_weight = torch.zeros(weight_VD.shape) if wants_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+        for chunk in _chunks(len(targets_N), chunk_rows):
+            x_CD = x_ND[chunk]
+            logits_CV = multiply(x_CD, weight_VD).float()
+            if softcap is not None:
+                logits_CV = _capped(logits_CV, softcap)
+            lse_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
+            picked_C1 = targets_N[chunk, None]
+            total += (lse_C1 - logits_CV.gather(1, picked_C1)).sum()
+            if grad_x is None and grad_weight is None:
+                continue
+            slope = None if softcap is None else 1 - (logits_CV / softcap).square_()
+            grad_CV = logits_CV.sub_(lse_C1).exp_()
+            grad_CV.scatter_add_(1, picked_C1, torch.full_like(lse_C1, -1.0))
+            if slope is not None:
+                grad_CV.mul_(slope)
+            rounded = grad_CV.mul_(grad_scale).to(x_ND.dtype)
+            if grad_x is not None:
+                grad_x[chunk] = multiply_transposed(rounded, weight_VD)
+            if grad_weight is not None:
+                grad_weight += rounded.T @ x_CD
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.kept = (grad_scale, None if trainable is None else trainable.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        # A Python number, so that low-precision gradients are multiplied with it in float32.
+        grad_scale, weight_dtype = ctx.kept
+        factor = grad.item() / grad_scale
+        if grad_x is not None:
+            grad_x = grad_x * factor
+        if grad_weight is not None:
+            grad_weight = (grad_weight * factor).to(weight_dtype)
+        return grad_x, grad_weight, None, None, None, None, None

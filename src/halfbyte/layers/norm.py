@@ -1,0 +1,88 @@
+"""RMSNorm, computed in float32 whatever the input.
+
+Dimension key:
+    D  features, the last dimension
+"""
+
+import torch
+from torch import Tensor
+
+from halfbyte.layers.autograd import Context, apply
+from halfbyte.layers.weights import WeightRef, WeightStore, as_tensor
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Saves its input and one number a row; autograd would keep five float32 copies."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight_D, inverse)
+        return (wide * inverse * weight_D).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight_D, inverse = ctx.saved_tensors
+        normal = x.float() * inverse
+        wide = grad.float()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            scaled = wide * weight_D
+            along = (scaled * normal).mean(dim=-1, keepdim=True)
+            grad_x = ((scaled - normal * along) * inverse).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (wide * normal).flatten(0, -2).sum(dim=0)
+        return grad_x, grad_weight, None
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, rounded once to `x.dtype`.
+
+    Args:
+        x: `[..., D]`.
+        weight_D: float32; families that store `weight - 1` add the one when loading.
+        eps: Added to the mean square.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad):
+        return apply(_RMSNorm, x, weight_D, eps)
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True).add_(eps))
+    return (wide * inverse).mul_(weight_D).to(x.dtype)
+
+
+class Norm:
+    """RMSNorm whose weight is in a store.
+
+    Attributes:
+        weight: Handle of the weight `[D]`.
+        store: Where it lives.
+        eps: Added to the mean square.
+        plus_one: Whether the store holds `weight - 1`.
+    """
+
+    __slots__ = ("_ready", "eps", "plus_one", "store", "weight")
+
+    def __init__(
+        self, weight: WeightRef, store: WeightStore, *, eps: float, plus_one: bool
+    ) -> None:
+        self.weight = weight
+        self.store = store
+        self.eps = eps
+        self.plus_one = plus_one
+        self._ready: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See `rms_norm`."""
+        weight_D = self._ready
+        return rms_norm(x, self._prepare() if weight_D is None else weight_D, self.eps)
+
+    def _prepare(self) -> Tensor:
+        stored = as_tensor(self.store.acquire(self.weight), torch.float32)
+        weight_D = 1 + stored if self.plus_one else stored
+        if self.store.permanent:
+            self._ready = weight_D
+        else:
+            weight_D = weight_D.clone() if weight_D is stored else weight_D
+        self.store.release(self.weight)
+        return weight_D

@@ -1,0 +1,1 @@
+"""Decoders: config, families as data, one decoder for all, and stores for its weights."""

@@ -1,0 +1,150 @@
+"""The chunked loss against torch's, forward and backward."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import halfbyte as hb
+from halfbyte.errors import UsageError
+from halfbyte.layers.cross_entropy import (
+    Head,
+    default_chunk_rows,
+    linear_cross_entropy,
+    score_targets,
+)
+from halfbyte.layers.weights import ResidentStore, Weight, WeightRef
+
+N, D, V = 23, 40, 301
+
+
+def normals(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_head(weight: Weight, softcap: float | None = None) -> Head:
+    return Head(WeightRef("w", (V, D)), ResidentStore({"w": weight}), softcap)
+
+
+def expected_loss(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    logits = x @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return functional.cross_entropy(logits, targets, reduction="sum")
+
+
+TARGETS = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(3))
+
+# Logits of magnitude about 6 rounded to the dtype: each loss is off by at most a few units.
+TOLERANCE = {torch.float32: 2**-20, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=str)
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("chunk_rows", [1, 5, 23, None], ids=str)
+def test_loss_and_gradients(
+    dtype: torch.dtype, softcap: float | None, trainable: bool, chunk_rows: int | None
+) -> None:
+    x = normals(N, D, seed=0).to(dtype).requires_grad_()
+    weight = normals(V, D, seed=1).to(dtype).requires_grad_(trainable)
+    x_twin = x.detach().double().requires_grad_()
+    weight_twin = weight.detach().double().requires_grad_()
+    loss = linear_cross_entropy(x, TARGETS, make_head(weight, softcap), chunk_rows=chunk_rows)
+    expected = expected_loss(x_twin, weight_twin, TARGETS, softcap)
+    assert loss.dtype == torch.float32
+    assert abs(loss.double() - expected) <= 8 * TOLERANCE[dtype] * N
+    (loss / N).backward()
+    (expected / N).backward()
+    assert x.grad is not None
+    assert x_twin.grad is not None
+    # Probabilities are off by as much as logits are, relatively; sums over V of those products.
+    assert (x.grad - x_twin.grad).abs().max() <= 16 * TOLERANCE[dtype] * x_twin.grad.abs().max()
+    if trainable:
+        assert weight.grad is not None
+        assert weight_twin.grad is not None
+        error = (weight.grad - weight_twin.grad).abs().max()
+        assert error <= 16 * TOLERANCE[dtype] * weight_twin.grad.abs().max()
+    else:
+        assert weight.grad is None
+
+
+def test_float16_gradients_are_scaled_before_they_are_rounded() -> None:
+    # Every target is predicted with a margin of 16: the others' probabilities, 1.1e-7, are two
+    # units of float16 unless the factor that the caller will apply is applied to them first.
+    size, scale = 32, 2.0**12
+    store = ResidentStore({"w": 4 * torch.eye(size).half()})
+    head = Head(WeightRef("w", (size, size)), store)
+    others = ~torch.eye(size, dtype=torch.bool)
+    errors = []
+    for grad_scale in (scale, 1.0):
+        x = (4 * torch.eye(size)).half().requires_grad_()
+        loss = linear_cross_entropy(x, torch.arange(size), head, grad_scale=grad_scale)
+        (loss * scale).backward()
+        assert x.grad is not None
+        errors.append((x.grad[others] / (4 * scale * math.exp(-16.0)) - 1).abs().max())
+    assert errors[0] < 2**-9
+    assert errors[1] > 0.05
+
+
+def test_scores_of_targets() -> None:
+    x, weight = normals(N, D, seed=0), normals(V, D, seed=1)
+    head = make_head(weight)
+    scores = score_targets(x, TARGETS, head, chunk_rows=4)
+    logits = x @ weight.T
+    torch.testing.assert_close(
+        scores.losses, functional.cross_entropy(logits, TARGETS, reduction="none")
+    )
+    best = logits.argmax(dim=1)
+    assert torch.equal(scores.correct, best == TARGETS)
+    assert score_targets(x, best, head).correct.all()
+
+
+def test_a_four_bit_head() -> None:
+    quantized = hb.quantize(normals(V, D, seed=1))
+    x = normals(N, D, seed=0).requires_grad_()
+    loss = linear_cross_entropy(x, TARGETS, make_head(quantized), chunk_rows=7)
+    dense = make_head(quantized.dequantize())
+    torch.testing.assert_close(loss, linear_cross_entropy(x, TARGETS, dense, chunk_rows=7))
+
+
+def test_no_targets_cost_nothing() -> None:
+    x = normals(0, D, seed=0).requires_grad_()
+    loss = linear_cross_entropy(x, TARGETS[:0], make_head(normals(V, D, seed=1)))
+    loss.backward()
+    assert loss == 0
+
+
+def test_the_whole_logits_never_exist() -> None:
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.shape[1:] == (V,) and len(out) != D:
+                largest = max(largest, out.shape[0])
+            return out
+
+    x = normals(N, D, seed=0).requires_grad_()
+    with Watch():
+        linear_cross_entropy(x, TARGETS, make_head(normals(V, D, seed=1)), chunk_rows=6).backward()
+    assert largest == 6
+
+
+def test_default_chunk() -> None:
+    assert default_chunk_rows(49152) == 170
+    assert default_chunk_rows(10**9) == 1
+
+
+def test_misfits_are_listed_together() -> None:
+    head = make_head(normals(V, D, seed=1))
+    with pytest.raises(UsageError, match=r"(?s)2 problems.*x: \[N, 40\].*targets: int64 \[23\]"):
+        linear_cross_entropy(normals(N, D + 1, seed=0), TARGETS[:5], head)
+    with pytest.raises(UsageError, match="0 to 300 expected, found -100 to"):
+        score_targets(normals(N, D, seed=0), TARGETS - TARGETS.min() - 100, head)
