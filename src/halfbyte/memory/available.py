@@ -6,13 +6,13 @@ limits. The answer carries its reason, so that a plan can say why something does
 """
 
 import os
-import re
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.errors import UnsupportedError
+from halfbyte.memory.mounts import Mount, read_mounts
 from halfbyte.memory.resident import PROC, kilobyte_lines
 
 _UNLIMITED = 2**60  # version 1 writes "no limit" as a number near 2^63
@@ -99,7 +99,6 @@ def _memory_groups(proc: Path) -> Iterator[tuple[str, Path, Path]]:
     """Kind, mount point and our own directory of every hierarchy that can limit memory."""
     try:
         membership = (proc / "self" / "cgroup").read_text()
-        mounts = (proc / "self" / "mountinfo").read_text()
     except OSError:
         return
     ours: dict[str, str] = {}  # kind -> our group's path within the hierarchy
@@ -111,35 +110,22 @@ def _memory_groups(proc: Path) -> Iterator[tuple[str, Path, Path]]:
             ours["cgroup2"] = path
         elif "memory" in controllers.split(","):
             ours["cgroup"] = path
-    for line in mounts.splitlines():
-        # proc(5): fields 4 and 5 are the root within the hierarchy and the mount point; after the
-        # dash come the type, the source and the controllers.
-        before, _, after = line.partition(" - ")
-        fields, tail = before.split(), after.split()
-        if len(fields) < 5 or len(tail) < 3 or tail[0] not in ours:  # noqa: PLR2004
-            continue
-        if tail[0] == "cgroup" and "memory" not in tail[2].split(","):
-            continue
-        mount = Path(_unescape(fields[4]))
-        yield tail[0], mount, _beneath(mount, _unescape(fields[3]), ours[tail[0]])
+    for mount in read_mounts(proc=proc):
+        if mount.kind in ours and (mount.kind == "cgroup2" or "memory" in mount.options):
+            yield mount.kind, mount.point, _beneath(mount, ours[mount.kind])
 
 
-def _beneath(mount: Path, root: str, path: str) -> Path:
-    """Our group's directory. `root` is the part of the hierarchy that is mounted.
+def _beneath(mount: Mount, path: str) -> Path:
+    """Our group's directory.
 
-    In a container the two may not be related (the path is told from outside); then what is
-    mounted is the container's own group.
+    In a container the path may not lie in the part of the hierarchy that is mounted (it is told
+    from outside); then what is mounted is the container's own group.
     """
-    relative = os.path.relpath(path, root)
+    relative = os.path.relpath(path, mount.root)
     if relative == "." or relative.startswith(".."):
-        return mount
-    directory = mount / relative
-    return directory if directory.is_dir() else mount
-
-
-def _unescape(field: str) -> str:
-    """Decode the octal that stands for spaces and the like in mountinfo."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+        return mount.point
+    directory = mount.point / relative
+    return directory if directory.is_dir() else mount.point
 
 
 def _number(path: Path) -> int | None:
