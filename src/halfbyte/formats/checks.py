@@ -51,14 +51,19 @@ def require_float(x: Tensor, name: str) -> None:
 
 def require_finite(x: Tensor, name: str) -> None:
     """Raise an error that names the first NaN or infinity of `x` and counts them."""
-    finite = torch.isfinite(x)
-    if finite.all():
-        return
-    bad = (~finite).reshape(-1)
+    if not torch.isfinite(x).all():
+        raise FormatError(
+            nonfinite_fault(x, name),
+            hint="Weights must be finite: the checkpoint is damaged or its training diverged.",
+        )
+
+
+def nonfinite_fault(x: Tensor, name: str) -> str:
+    """Where the first NaN or infinity of `x`, which must hold one, is, and how many there are."""
+    bad = (~torch.isfinite(x)).reshape(-1)
     first = int(bad.to(torch.uint8).argmax())
     index = [int(i) for i in torch.unravel_index(torch.tensor(first), x.shape)]
-    raise FormatError(
+    return (
         f"{name} holds {int(bad.sum())} NaN or infinite values of {x.numel()}; "
-        f"the first is {x.reshape(-1)[first].item()} at index {index}",
-        hint="Weights must be finite: the checkpoint is damaged or its training diverged.",
+        f"the first is {x.reshape(-1)[first].item()} at index {index}"
     )

@@ -4,7 +4,7 @@ One float32 scale a block of 64 costs half a bit a weight. Stored as 8-bit codes
 mean, with one float32 a 256 scales, it costs 0.127 bits. Zero-points are treated likewise.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from halfbyte.errors import FormatError
 from halfbyte.formats import ops  # noqa: F401  (registers the operators)
 from halfbyte.formats.checks import describe, require_finite
-from halfbyte.formats.codebooks import DYNAMIC_MAP
+from halfbyte.formats.codebooks import DYNAMIC_MAP, Codebook
 
 NESTED_BLOCK_SIZE = 256
 
@@ -26,12 +26,14 @@ class DoubleQuantized:
         scales: float32 `[ceil(M / block_size)]`.
         offset: The mean of the vector; a value that float32 holds exactly.
         block_size: Entries that share a scale.
+        codebook: What the codes stand for; files may bring a map that is rounded differently.
     """
 
     codes: Tensor
     scales: Tensor
     offset: float
     block_size: int = NESTED_BLOCK_SIZE
+    codebook: Codebook = DYNAMIC_MAP
 
     def __post_init__(self) -> None:
         problems = []
@@ -45,6 +47,8 @@ class DoubleQuantized:
                 problems.append(
                     f"scales: float32 [{expected}] expected, found {describe(self.scales)}"
                 )
+        if len(self.codebook.values) != len(DYNAMIC_MAP.values):
+            problems.append(f"codebook: 256 values expected, found {len(self.codebook.values)}")
         if self.codes.device != self.scales.device:
             problems.append(f"codes are on {self.codes.device}, scales on {self.scales.device}")
         if problems:
@@ -58,15 +62,13 @@ class DoubleQuantized:
     def dequantize(self) -> Tensor:
         """The vector, float32 `[M]`: `map[code] * scale + offset`, two roundings."""
         out = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
-        table = DYNAMIC_MAP.table(self.codes.device)
+        table = self.codebook.table(self.codes.device)
         torch.ops.halfbyte.dequantize_8bit(self.codes, table, self.scales, self.block_size, out)
         return out.add_(self.offset)
 
     def to(self, device: torch.device | str) -> "DoubleQuantized":
         """The same vector on another device."""
-        return DoubleQuantized(
-            self.codes.to(device), self.scales.to(device), self.offset, self.block_size
-        )
+        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device))
 
 
 def double_quantize(scales: Tensor, *, block_size: int = NESTED_BLOCK_SIZE) -> DoubleQuantized:

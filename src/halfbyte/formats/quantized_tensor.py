@@ -17,7 +17,7 @@ from halfbyte.formats.checks import (
     require_finite,
     require_float,
 )
-from halfbyte.formats.codebooks import DYNAMIC_MAP, INT4_AFFINE, NF4, Codebook, find_codebook
+from halfbyte.formats.codebooks import INT4_AFFINE, NF4, Codebook, find_codebook
 from halfbyte.formats.double_quantization import DoubleQuantized, double_quantize
 
 DEFAULT_BLOCK_SIZE = 64
@@ -181,7 +181,7 @@ class QuantizedTensor:
         table = self.codebook.table(self.device)
         stored = self.stored_scales
         if isinstance(stored, DoubleQuantized):
-            nested_table = DYNAMIC_MAP.table(self.device)
+            nested_table = stored.codebook.table(self.device)
             nested = (nested_table, stored.scales, stored.offset, stored.block_size)
             return (self.codes, table, stored.codes, *nested, self.block_size)
         return (self.codes, table, stored, None, None, 0.0, 0, self.block_size)
