@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:  # noqa: ANN401  (PEP 562 fixes the signature)
     if name not in _HOMES:
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
+    if _HOMES[name] != "halfbyte.errors":
+        importlib.import_module("halfbyte.kernels")  # faster bodies, before any operator runs
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

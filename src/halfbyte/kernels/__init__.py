@@ -1,0 +1,10 @@
+"""How fast: faster bodies of the operators that `formats` defines, and the fused ones.
+
+Importing this package registers them: from then on `torch.ops.halfbyte.*` runs the native kernels
+on CPU tensors, and the reference bodies wherever there are none. Every module that calls an
+operator imports this package first. `kernels.backends` says what is in use and why.
+"""
+
+from halfbyte.kernels import backends
+
+backends.load()

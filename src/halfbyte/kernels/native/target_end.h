@@ -1,0 +1,7 @@
+// Ends what target.h began.
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
