@@ -1,1 +1,0 @@
-"""From a data file to packed batches, with every problem named by file and line."""

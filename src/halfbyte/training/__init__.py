@@ -1,0 +1,1 @@
+"""Learning: one loop from a data file to a trained adapter."""
