@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import os
-import resource
 import shutil
-import sys
 from collections import namedtuple
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,6 +16,8 @@ from halfbyte.cli.diagnosis import diagnose
 from halfbyte.cli.machine import Cpu, Disk, Machine, Memory, cache_directory, read_machine
 from halfbyte.cli.output import Output
 from halfbyte.cli.software import Backend, Software, Torch
+from halfbyte.errors import BackendError
+from halfbyte.memory.available import Available
 
 GIB = 1 << 30
 
@@ -65,7 +65,7 @@ def test_processor_and_memory(tmp_path: Path) -> None:
     assert machine.memory == Memory(
         total=16 * GIB,
         available=8 * GIB,
-        limit=None,
+        limits=(),
         swap_total=2 * GIB,
         swap_used=1 * GIB,
         hugepages="never",
@@ -78,25 +78,19 @@ def test_a_system_that_tells_nothing(tmp_path: Path) -> None:
     machine = read_machine(tmp_path, {})
     assert machine.cpu.features == ()
     assert machine.cpu.model
-    assert machine.memory == Memory(None, None, None, 0, 0, None)
+    assert machine.memory == Memory(None, None, (), 0, 0, None)
 
 
 GROUP_V2 = {
     "proc/meminfo": MEMINFO,
     "proc/self/cgroup": "0::/jobs/one\n",
-    "sys/fs/cgroup/jobs/one/memory.max": "max\n",
-    "sys/fs/cgroup/jobs/memory.max": str(4 * GIB),
-    "sys/fs/cgroup/jobs/memory.current": str(3 * GIB),
-    "sys/fs/cgroup/jobs/memory.stat": f"anon 5\ninactive_file {1 * GIB}\n",
+    "sys/fs/cgroup/jobs/one/cpu.max": "max 100000\n",
     "sys/fs/cgroup/jobs/cpu.max": "150000 100000\n",
+    "sys/fs/cgroup/cpu.max": "400000 100000\n",
 }
 GROUP_V1 = {
     "proc/meminfo": MEMINFO,
     "proc/self/cgroup": "4:memory:/job\n3:cpu,cpuacct:/job\n0::/\n",
-    "sys/fs/cgroup/memory/job/memory.limit_in_bytes": str(4 * GIB),
-    "sys/fs/cgroup/memory/job/memory.usage_in_bytes": str(3 * GIB),
-    "sys/fs/cgroup/memory/job/memory.stat": f"total_inactive_file {1 * GIB}\n",
-    "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
     "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "150000",
     "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000",
     "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
@@ -106,8 +100,6 @@ GROUP_IN_CONTAINER = {
     # The path is the host's and does not exist below the container's mount.
     "proc/meminfo": MEMINFO,
     "proc/self/cgroup": "0::/docker/0123\n",
-    "sys/fs/cgroup/memory.max": str(4 * GIB),
-    "sys/fs/cgroup/memory.current": str(2 * GIB),
     "sys/fs/cgroup/cpu.max": "150000 100000",
 }
 
@@ -120,28 +112,33 @@ GROUP_IN_CONTAINER = {
         pytest.param(GROUP_IN_CONTAINER, id="container"),
     ],
 )
-def test_control_group_limits(tmp_path: Path, files: dict[str, str]) -> None:
-    machine = read_machine(write_tree(tmp_path, files), {})
-    assert machine.memory.limit == 4 * GIB
-    assert machine.memory.available == 2 * GIB
-    assert machine.cpu.quota == 1.5
+def test_processor_quota(tmp_path: Path, files: dict[str, str]) -> None:
+    assert read_machine(write_tree(tmp_path, files), {}).cpu.quota == 1.5
 
 
-def test_a_full_control_group_has_nothing_left(tmp_path: Path) -> None:
-    files = {**GROUP_IN_CONTAINER, "sys/fs/cgroup/memory.current": str(5 * GIB)}
-    assert read_machine(write_tree(tmp_path, files), {}).memory.available == 0
+def test_memory_limits(tmp_path: Path) -> None:
+    group = tmp_path / "group"
+    mount = f"30 1 0:1 / {group} rw - cgroup2 none rw\n"
+    root = write_tree(
+        tmp_path,
+        {
+            "proc/meminfo": MEMINFO,
+            "proc/self/cgroup": "0::/\n",
+            "proc/self/mountinfo": mount,
+            "group/memory.max": str(4 * GIB),
+            "group/memory.current": str(3 * GIB),
+        },
+    )
+    memory = read_machine(root, {}).memory
+    assert memory.available == 1 * GIB
+    assert memory.limits == (Available(1 * GIB, 4 * GIB, str(group)),)
+    (group / "memory.max").write_text(str(32 * GIB))  # more than there is
+    assert read_machine(root, {}).memory.limits == ()
 
 
 def test_the_cache_is_where_xdg_says() -> None:
     assert cache_directory({"XDG_CACHE_HOME": "/c"}) == Path("/c/halfbyte")
     assert cache_directory({}) == Path.home() / ".cache" / "halfbyte"
-
-
-def test_a_limited_address_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (7 * GIB, resource.RLIM_INFINITY))
-    assert read_machine(tmp_path, {}).address_space_limit == 7 * GIB
-    monkeypatch.setitem(sys.modules, "resource", None)
-    assert read_machine(tmp_path, {}).address_space_limit is None
 
 
 def test_processors_without_affinity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -153,11 +150,10 @@ def test_processors_without_affinity(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 HEALTHY_MACHINE = Machine(
     system="Linux 6",
     cpu=Cpu("Imaginary 9000", ("avx2", "avx512_bf16"), num_usable=8, quota=None),
-    memory=Memory(64 * GIB, 60 * GIB, None, 8 * GIB, 0, "madvise"),
+    memory=Memory(64 * GIB, 60 * GIB, (), 8 * GIB, 0, "madvise"),
     disks=(Disk("working directory", Path("/w"), 100 * GIB), Disk("cache", Path("/c"), 100 * GIB)),
     thread_variables={},
     nvidia_driver=False,
-    address_space_limit=None,
 )
 HEALTHY_TORCH = Torch("2.13.0+cpu", "", None, (), 8)
 HEALTHY_SOFTWARE = Software(
@@ -197,6 +193,9 @@ def with_software(**changes: object) -> Software:
 
 IDLE = (Backend("native", in_use=False, reason="not built"),)
 
+GROUP_LIMIT = Available(30 * GIB, 32 * GIB, "/sys/fs/cgroup/job")
+BROKEN = (Backend("native", in_use=False, reason="does not load: undefined symbol", broken=True),)
+
 M, S = HEALTHY_MACHINE, HEALTHY_SOFTWARE
 PROBLEMS = [
     ("missing-package", "error", M, with_software(required={"typer": None, "torch": "2"})),
@@ -212,14 +211,15 @@ PROBLEMS = [
     ("gpu-unused", "warning", with_machine(nvidia_driver=True), S),
     ("no-compiler", "warning", M, with_software(compiler=None, backends=IDLE)),
     ("native-unused", "warning", M, with_software(backends=IDLE)),
+    ("kernels-broken", "error", M, with_software(backends=BROKEN)),
     ("old-cpu", "note", with_cpu(features=("avx512_bf16",)), S),
     ("no-bf16", "note", with_cpu(features=("avx2",)), S),
     ("low-memory", "warning", with_memory(available=1 * GIB), S),
-    ("memory-limit", "note", with_memory(limit=32 * GIB), S),
-    ("memory-limit", "note", with_memory(limit=32 * GIB, total=None), S),
+    ("memory-limit", "note", with_memory(limits=(GROUP_LIMIT,)), S),
+    ("memory-limit", "note", with_memory(limits=(GROUP_LIMIT,), total=None), S),
     ("swapping", "warning", with_memory(swap_used=5 * GIB), S),
     ("no-hugepages", "note", with_memory(hugepages="never"), S),
-    ("address-space-limit", "warning", with_machine(address_space_limit=GIB), S),
+    ("memory-limit", "note", with_memory(limits=(Available(GIB, GIB, "RLIMIT_AS"),)), S),
     ("low-disk", "warning", with_machine(disks=(Disk("cache", Path("/c"), GIB),)), S),
     ("threads-malformed", "warning", with_machine(thread_variables={"OMP_NUM_THREADS": "two"}), S),
     ("threads-malformed", "warning", with_machine(thread_variables={"MKL_NUM_THREADS": "0"}), S),
@@ -288,12 +288,14 @@ def test_an_error_makes_doctor_fail(
     monkeypatch.setattr(
         doctor, "read_software", lambda: with_software(torch=broken, compiler=None, backends=())
     )
-    monkeypatch.setattr(doctor, "read_machine", lambda: with_memory(limit=2 * GIB, total=None))
+    monkeypatch.setattr(
+        doctor, "read_machine", lambda: with_memory(limits=(GROUP_LIMIT,), total=None)
+    )
     assert app.run(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "error: torch is installed and does not import: ImportError: libfoo.so" in out
     assert "    $ pip install --force-reinstall torch" in out
-    assert "memory limit" in out
+    assert "memory limit  32.0 GiB by /sys/fs/cgroup/job" in out
     assert "60.0 GiB available of unknown" in out
 
 
@@ -346,6 +348,17 @@ def test_backends_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> N
         software.importlib, "import_module", lambda _: SimpleNamespace(status=lambda: statuses)
     )
     assert software.read_backends() == (Backend("native", in_use=False, reason="no compiler"),)
+
+
+def test_kernels_that_do_not_load_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: str) -> ModuleType:
+        raise BackendError("_native.so does not load", hint="Rebuild.")
+
+    monkeypatch.setattr(software.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(software.importlib, "import_module", load)
+    (backend,) = software.read_backends()
+    assert backend.broken
+    assert backend.reason == "_native.so does not load\nRebuild."
 
 
 def test_without_kernels_the_reference_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:

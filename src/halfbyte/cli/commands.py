@@ -20,6 +20,9 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command(
         "halfbyte.cli.doctor", "Check this machine and say how to fix what is wrong."
     ),
+    "inspect": Command(
+        "halfbyte.cli.inspect", "Explain a model, adapter or run without loading it."
+    ),
     "demo": Command("halfbyte.cli.demo", "Quantize a real model and show what that did to it."),
 }
 """Name -> command, in the order of the help."""

@@ -16,6 +16,11 @@ LOW_DISK = 5 << 30
 
 MINIMUM_TORCH = (2, 13)
 
+REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation halfbyte"
+
+RAISE_LIMIT = {"RLIMIT_AS": "ulimit -v unlimited", "RLIMIT_DATA": "ulimit -d unlimited"}
+"""Limit of a process -> the command that lifts it."""
+
 Severity = Literal["error", "warning", "note"]
 
 
@@ -110,20 +115,21 @@ def _torch(machine: Machine, software: Software) -> Iterator[Problem]:
 
 def _kernels(machine: Machine, software: Software) -> Iterator[Problem]:
     idle = [b for b in software.backends if b.name == "native" and not b.in_use]
-    if idle and software.compiler is None:
+    if idle and idle[0].broken:
+        yield Problem("kernels-broken", "error", idle[0].reason, REBUILD)
+    elif idle and software.compiler is None:
         yield Problem(
             "no-compiler",
             "warning",
             "the C++ kernels are not built and there is no C++ compiler: plain torch is used",
-            "sudo apt-get install g++ && "
-            "pip install --force-reinstall --no-deps --no-build-isolation halfbyte",
+            f"sudo apt-get install g++ && {REBUILD}",
         )
     elif idle:
         yield Problem(
             "native-unused",
             "warning",
             f"the C++ kernels are not in use: {idle[0].reason}",
-            "pip install --force-reinstall --no-deps --no-build-isolation halfbyte",
+            REBUILD,
         )
     features = set(machine.cpu.features)
     if features and not features & {"avx2", "asimd"}:
@@ -151,13 +157,13 @@ def _memory(machine: Machine) -> Iterator[Problem]:
             f"{format_bytes(memory.available)} of memory are available",
             "ps -eo rss,pid,comm --sort=-rss | head",
         )
-    if memory.limit is not None:
+    for limit in memory.limits:
         total = "unknown" if memory.total is None else format_bytes(memory.total)
         yield Problem(
             "memory-limit",
             "note",
-            f"a control group limits memory to {format_bytes(memory.limit)} (installed: {total})",
-            "",
+            f"{limit.because} limits memory to {format_bytes(limit.limit)} (installed: {total})",
+            RAISE_LIMIT.get(limit.because, ""),
         )
     if memory.swap_used > memory.swap_total // 2:
         yield Problem(
@@ -173,14 +179,6 @@ def _memory(machine: Machine) -> Iterator[Problem]:
             "note",
             "transparent huge pages are off: fresh buffers are mapped in pieces of 4 KiB",
             "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
-        )
-    if machine.address_space_limit is not None:
-        yield Problem(
-            "address-space-limit",
-            "warning",
-            f"`ulimit -v` allows {format_bytes(machine.address_space_limit)} of address space: "
-            "memory-mapped weights count in full",
-            "ulimit -v unlimited",
         )
 
 

@@ -83,8 +83,10 @@ def show_machine(output: Output, machine: Machine) -> None:
         ("huge pages", memory.hugepages or "unknown"),
         ("swap", f"{format_bytes(memory.swap_used)} used of {format_bytes(memory.swap_total)}"),
     ]
-    if memory.limit is not None:
-        rows.insert(4, ("memory limit", format_bytes(memory.limit)))
+    rows += [
+        ("memory limit", f"{format_bytes(limit.limit)} by {limit.because}")
+        for limit in memory.limits
+    ]
     rows += [
         ("disk", f"{format_bytes(disk.free)} free for the {disk.purpose} ({disk.path})")
         for disk in machine.disks

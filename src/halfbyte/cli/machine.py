@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from halfbyte.errors import UnsupportedError
+from halfbyte.memory.available import Available, limits
+
 RELEVANT_FEATURES = (
     "avx2",
     "fma",
@@ -51,8 +54,8 @@ class Memory:
 
     Attributes:
         total: Installed.
-        available: What can be allocated without swapping, within the control group's limit.
-        limit: Of the control group, when it is less than what is installed.
+        available: What can be allocated without swapping, within all limits.
+        limits: Of control groups and of the process, as far as they are below what is installed.
         swap_total: Size of the swap space.
         swap_used: Swap space in use.
         hugepages: Mode of transparent huge pages: `always`, `madvise` or `never`.
@@ -60,7 +63,7 @@ class Memory:
 
     total: int | None
     available: int | None
-    limit: int | None
+    limits: tuple[Available, ...]
     swap_total: int
     swap_used: int
     hugepages: str | None
@@ -92,7 +95,6 @@ class Machine:
         disks: Working directory and cache.
         thread_variables: Environment variables that set a number of threads.
         nvidia_driver: Whether the driver of an NVIDIA GPU is loaded.
-        address_space_limit: Bytes that the process may map (`ulimit -v`), or None without a limit.
     """
 
     system: str
@@ -101,7 +103,6 @@ class Machine:
     disks: tuple[Disk, ...]
     thread_variables: Mapping[str, str]
     nvidia_driver: bool
-    address_space_limit: int | None
 
 
 def read_machine(root: Path = Path("/"), environment: Mapping[str, str] | None = None) -> Machine:
@@ -119,7 +120,6 @@ def read_machine(root: Path = Path("/"), environment: Mapping[str, str] | None =
             name: environment[name] for name in THREAD_VARIABLES if name in environment
         },
         nvidia_driver=(root / "proc/driver/nvidia/version").exists(),
-        address_space_limit=_address_space_limit(),
     )
 
 
@@ -159,45 +159,22 @@ def _cpu_quota(root: Path) -> float | None:
 
 
 def _read_memory(root: Path) -> Memory:
-    info = {}
-    for line in _text(root / "proc/meminfo").splitlines():
-        key, _, value = line.partition(":")
-        number = value.split()
-        if number and number[0].isdigit():
-            info[key] = int(number[0]) * 1024
-    total, available = info.get("MemTotal"), info.get("MemAvailable")
-    limit = None
-    for group_limit, group_available in _memory_limits(root):
-        if total is None or group_limit < total:
-            limit = group_limit if limit is None else min(limit, group_limit)
-            available = group_available if available is None else min(available, group_available)
+    figures = dict(_pairs(_text(root / "proc/meminfo").replace(":", "").replace(" kB", "")))
+    swap_total = 1024 * figures.get("SwapTotal", 0)
     modes = _text(root / "sys/kernel/mm/transparent_hugepage/enabled")
+    try:
+        machine, *others = limits(proc=root / "proc")
+    except UnsupportedError:  # not Linux
+        machine, others = None, []
+    tightest = min((limit.bytes for limit in [machine, *others] if limit), default=None)
     return Memory(
-        total=total,
-        available=available,
-        limit=limit,
-        swap_total=info.get("SwapTotal", 0),
-        swap_used=info.get("SwapTotal", 0) - info.get("SwapFree", 0),
+        total=None if machine is None else machine.limit,
+        available=tightest,
+        limits=tuple(limit for limit in others if machine is None or limit.limit < machine.limit),
+        swap_total=swap_total,
+        swap_used=swap_total - 1024 * figures.get("SwapFree", 0),
         hugepages=modes[modes.index("[") + 1 : modes.index("]")] if "[" in modes else None,
     )
-
-
-def _memory_limits(root: Path) -> list[tuple[int, int]]:
-    """Limit and what is left of it, of every control group that has one."""
-    limits = []
-    for version_1, limit_name, usage_name, cache_name in (
-        ("", "memory.max", "memory.current", "inactive_file"),
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        for group in _control_groups(root, version_1):
-            limit, usage = _text(group / limit_name).strip(), _text(group / usage_name).strip()
-            if not limit.isdigit():
-                continue
-            # Pages of files that nobody has touched lately are given up on demand.
-            used = int(usage) if usage.isdigit() else 0
-            used -= dict(_pairs(_text(group / "memory.stat"))).get(cache_name, 0)
-            limits.append((int(limit), max(0, int(limit) - max(0, used))))
-    return limits
 
 
 def _control_groups(root: Path, controller: str) -> list[Path]:
@@ -205,7 +182,7 @@ def _control_groups(root: Path, controller: str) -> list[Path]:
 
     Args:
         root: Where /proc and /sys are.
-        controller: Of version 1, such as `memory`; empty for version 2.
+        controller: Of version 1, such as `cpu`; empty for version 2.
     """
     mount = root / "sys/fs/cgroup" / controller
     for line in _text(root / "proc/self/cgroup").splitlines():
@@ -220,15 +197,6 @@ def _control_groups(root: Path, controller: str) -> list[Path]:
 def _disk(purpose: str, path: Path) -> Disk:
     existing = next(p for p in (path, *path.parents) if p.exists())
     return Disk(purpose, existing, shutil.disk_usage(existing).free)
-
-
-def _address_space_limit() -> int | None:
-    try:
-        import resource
-    except ImportError:  # not a POSIX system
-        return None
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _pairs(text: str) -> list[tuple[str, int]]:

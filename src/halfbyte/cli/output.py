@@ -9,6 +9,7 @@ import contextvars
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from halfbyte.errors import HalfbyteError
 
 JsonValue = None | bool | int | float | str | Sequence["JsonValue"] | Mapping[str, "JsonValue"]
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _RED, _BOLD, _PLAIN = "\033[31m", "\033[1m", "\033[0m"
 
 
@@ -30,14 +32,20 @@ class Output:
 
     json: bool = False
 
-    def text(self, text: str = "") -> None:
-        """Print a line, or several, for a person."""
-        print(text, file=sys.stderr if self.json else sys.stdout)
+    def text(self, text: str = "", *, styled: bool = False) -> None:
+        """Print a line, or several, for a person.
+
+        Args:
+            text: May come from files of strangers: control characters are shown, not obeyed.
+            styled: Whether the text is our own and holds escape codes for colours.
+        """
+        print(text if styled else printable(text), file=sys.stderr if self.json else sys.stdout)
 
     def heading(self, text: str) -> None:
         """Print the title of a section, bold on a terminal."""
         stream = sys.stderr if self.json else sys.stdout
-        self.text(_styled(text, _BOLD) if _in_colour(stream) else text)
+        text = printable(text)
+        self.text(_styled(text, _BOLD) if _in_colour(stream) else text, styled=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print aligned columns; numbers, and text that begins with a digit, to the right."""
@@ -50,12 +58,12 @@ class Output:
 
     def note(self, text: str) -> None:
         """Print a line on stderr: a warning, or what is going on."""
-        print(text, file=sys.stderr)  # noqa: T201
+        print(printable(text), file=sys.stderr)  # noqa: T201
 
     def error(self, error: HalfbyteError) -> int:
         """Print an error and return its exit code."""
         prefix = _styled("error:", _RED) if _in_colour(sys.stderr) else "error:"
-        self.note(f"{prefix} {error}")
+        print(f"{prefix} {printable(str(error))}", file=sys.stderr)  # noqa: T201
         self.emit(
             {
                 "error": {
@@ -90,6 +98,11 @@ def use_output(output: Output) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters written out (`\x1b`): a terminal would obey them."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

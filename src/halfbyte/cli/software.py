@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from halfbyte import __version__
+from halfbyte.errors import HalfbyteError
 
 REQUIRED = (
     "gguf",
@@ -41,11 +42,13 @@ class Backend:
         name: `reference`, `native`, ...
         in_use: Whether operators run on it.
         reason: Why it is in use, or why not.
+        broken: Whether it is present and does not load, so that nothing runs.
     """
 
     name: str
     in_use: bool
     reason: str
+    broken: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,5 +148,8 @@ def read_backends() -> tuple[Backend, ...]:
         return (
             Backend("reference", in_use=True, reason="plain torch; this version has no faster one"),
         )
-    status = importlib.import_module("halfbyte.kernels.backends").status()
+    try:
+        status = importlib.import_module("halfbyte.kernels.backends").status()
+    except HalfbyteError as error:
+        return (Backend("native", in_use=False, reason=str(error), broken=True),)
     return tuple(Backend(s.name, s.in_use, s.reason) for s in status)

@@ -67,8 +67,18 @@ _NESTED_AFFINE_FIELDS = {*_NESTED_FIELDS, "nested_zero_points_offset"}
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
-    """The JSON part, checked. `nested_block_size` is None without double quantization."""
+class WeightState:
+    """The JSON part of a 4-bit weight, checked.
+
+    Attributes:
+        codebook: What its codes stand for.
+        block_size: Elements that share a scale.
+        dtype: Of the weight that was quantized.
+        shape: Of that weight.
+        nested_block_size: Scales that share a second-level scale; None without double quantization.
+        offset: Added to decoded scales.
+        zero_points_offset: Added to decoded zero-points.
+    """
 
     codebook: Codebook
     block_size: int
@@ -101,11 +111,21 @@ def from_bitsandbytes(name: str, tensors: Mapping[str, Tensor]) -> QuantizedTens
             f"{name}: one part quant_state of {', '.join(STATE_NAMES.values())} expected, "
             f"found {len(found)}"
         )
-    state = _read_state(found[0], tensors[found[0]], FOUR_BIT_CODEBOOKS[keys[found[0]]])
+    state = read_state(found[0], tensors[found[0]], FOUR_BIT_CODEBOOKS[keys[found[0]]])
     return _Parts(name, tensors, state).read()
 
 
-def _read_state(key: str, packed: Tensor, book: Codebook) -> _State:
+def read_state(key: str, packed: Tensor, book: Codebook) -> WeightState:
+    """How a weight is quantized, from its JSON part.
+
+    Args:
+        key: The part's name, for messages.
+        packed: uint8, its bytes.
+        book: What the name says that the codes stand for.
+
+    Raises:
+        FormatError: It is not such a description; all faults are listed.
+    """
     if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() > MAX_LATE_BYTES:
         raise FormatError(
             f"{key}: uint8 [at most {MAX_LATE_BYTES}] expected, found {describe(packed)}"
@@ -137,7 +157,7 @@ def _read_state(key: str, packed: Tensor, book: Codebook) -> _State:
             zero_points_offset = _float32(fields, "nested_zero_points_offset", problems)
     if problems:
         raise FormatError(f"{key} does not describe a 4-bit weight", problems=problems)
-    return _State(
+    return WeightState(
         book,
         block_size,
         _DTYPES[str(dtype)],
@@ -183,7 +203,7 @@ def _float32(fields: Mapping[str, object], name: str, problems: list[str]) -> fl
 class _Parts:
     """The tensors of one weight, checked one by one; faults are collected."""
 
-    def __init__(self, name: str, tensors: Mapping[str, Tensor], state: _State) -> None:
+    def __init__(self, name: str, tensors: Mapping[str, Tensor], state: WeightState) -> None:
         self.name = name
         self.tensors = tensors
         self.state = state
