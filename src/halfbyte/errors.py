@@ -76,7 +76,7 @@ class BackendError(HalfbyteError, RuntimeError):
 
 
 class StorageError(HalfbyteError, OSError):
-    """Writing failed: disk full, not permitted, or in use by another process."""
+    """Reading or writing failed: disk full, not permitted, or in use by another process."""
 
     code = "storage"
 
