@@ -15,24 +15,35 @@ class HalfbyteError(Exception):
         code: Short stable name for machines, printed by `--json`.
         exit_code: What the command line returns.
         problems: One line a fault, in the order in which they were found.
+        num_problems: How many there are; more than are listed when a long list was cut.
         hint: What to do next; empty when the message says it.
     """
 
     code = "failure"
     exit_code = 1
 
-    def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        problems: Sequence[str] = (),
+        num_problems: int | None = None,
+        hint: str = "",
+    ) -> None:
         self.message = message
         self.problems = tuple(problems)
+        self.num_problems = len(self.problems) if num_problems is None else num_problems
         self.hint = hint
         super().__init__(message)
 
     def __str__(self) -> str:
         lines = [self.message]
         if self.problems:
-            count = len(self.problems)
+            count = self.num_problems
             lines[0] += f": {count} problem{'s' if count > 1 else ''}"
         lines += [f"  {problem}" for problem in self.problems]
+        if unlisted := self.num_problems - len(self.problems):
+            lines.append(f"  and {unlisted} more")
         if self.hint:
             lines.append(self.hint)
         return "\n".join(lines)
@@ -57,6 +68,12 @@ class FormatError(HalfbyteError, ValueError):
     code = "format"
 
 
+class DataError(HalfbyteError, ValueError):
+    """Rows to train on are missing, malformed, or cannot be used as asked."""
+
+    code = "data"
+
+
 class MissingFileError(HalfbyteError, FileNotFoundError):
     """A file or directory that was named does not exist."""
 
@@ -67,6 +84,12 @@ class UnsupportedError(HalfbyteError, NotImplementedError):
     """A valid input that this version has no support for."""
 
     code = "unsupported"
+
+
+class MissingPackageError(HalfbyteError, ImportError):
+    """An optional package is needed for this input and is not installed."""
+
+    code = "missing-package"
 
 
 class BackendError(HalfbyteError, RuntimeError):

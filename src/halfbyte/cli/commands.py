@@ -23,6 +23,9 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command(
         "halfbyte.cli.inspect", "Explain a model, adapter or run without loading it."
     ),
+    "data": Command(
+        "halfbyte.cli.data", "Check what a model will be trained on; show a row with its loss."
+    ),
     "demo": Command("halfbyte.cli.demo", "Quantize a real model and show what that did to it."),
 }
 """Name -> command, in the order of the help."""

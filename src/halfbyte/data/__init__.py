@@ -1,0 +1,1 @@
+"""From a data file to packed batches, with every problem named by file and line."""
