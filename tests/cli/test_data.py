@@ -38,7 +38,7 @@ def test_check_says_what_is_there(run: Run, data: Path) -> None:
     code, out, _ = run("check", data, "--eval-fraction", "0.25", "--tokens-per-step", "40")
     assert code == 0
     assert (
-        "prompt-completion (raw prompt, completion, end token; no chat template): the rows have"
+        "prompt_completion (raw prompt, completion, end token; no chat template): the rows have"
         in out
     )
     assert "rows         12" in out
@@ -50,7 +50,7 @@ def test_check_as_json(run: Run, data: Path) -> None:
     code, out, _ = run("check", data, "--eval-fraction", "0.25", "--tokens-per-step", "40", "--micro-batch-tokens", "20", "--json")  # fmt: skip
     record = json.loads(out)
     assert code == 0
-    assert record["data"][0]["format"] == "prompt-completion"
+    assert record["data"][0]["format"] == "prompt_completion"
     train, held_out = record["sizes"]["train"], record["sizes"]["eval"]
     assert train["num_documents"] + held_out["num_documents"] == 12
     assert held_out["num_documents"] == 3
@@ -98,14 +98,14 @@ def test_check_names_rows_beyond_the_budget(run: Run, data: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
-        ("check", ["--format", "chat"], "--format: one of messages, sharegpt, prompt-completion"),
-        ("check", ["--over-length", "cut"], "--over-length: one of refuse, truncate, drop"),
+        ("check", ["--format", "chat"], "option for data.format: data.format: Input should be 'auto', 'messages'"),
+        ("check", ["--overlong", "cut"], "option for data.overlong: data.overlong: Input should be 'refuse'"),
         ("check", ["--eval", "x", "--eval-fraction", "0.1"], "exclude each other"),
         ("show", ["--row", "1", "--at", "a.jsonl:1"], "exclude each other"),
         ("show", ["--row", "0"], "--row: at least 1 expected"),
         ("show", ["--row", "13"], "no row 13 to show, it has 12 rows"),
         ("show", ["--at", "b.jsonl:1"], "no row b.jsonl:1"),
-        ("show", ["--row", "12", "--max-length", "9", "--over-length", "drop"], "row 12 is left out: a.jsonl:12 (16 tokens)"),
+        ("show", ["--row", "12", "--max-length", "9", "--overlong", "drop"], "row 12 is left out: a.jsonl:12 (16 tokens)"),
     ],
 )  # fmt: skip
 def test_usage_errors(

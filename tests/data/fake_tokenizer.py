@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from halfbyte.data.formats import Format
+from halfbyte.data.options import DataOptions, Overlong
 from halfbyte.errors import UsageError
 
 BOS, EOS, USER, ASSISTANT, SYSTEM = 256, 257, 258, 259, 260
@@ -46,3 +48,13 @@ class ByteTokenizer:
             ids += [ROLES[str(message["role"])], *text, EOS]
             trained += [False] + [message["role"] == "assistant"] * (len(text) + 1)
         return Chat(ids, trained)
+
+
+def options(
+    *,
+    format: Format | None = None,  # noqa: A002
+    max_length: int = 2048,
+    overlong: Overlong = Overlong.REFUSE,
+    train_on_prompt: bool = False,
+) -> DataOptions:
+    return DataOptions(format, max_length, overlong, train_on_prompt)

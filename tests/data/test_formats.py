@@ -86,7 +86,7 @@ def test_mixed_formats_and_missing_fields_are_named_row_by_row() -> None:
     _, kept, problems = settle(["prompt completion", "messages", "prompt", "prompt completion id"])
     assert kept == [1, 4]
     assert problems == [
-        "a.jsonl:2: mixed formats: messages with `messages`, but the first row (a.jsonl:1) is prompt-completion with `prompt`, `completion`",
+        "a.jsonl:2: mixed formats: messages with `messages`, but the first row (a.jsonl:1) is prompt_completion with `prompt`, `completion`",
         "a.jsonl:3: `prompt`, `completion` expected as in a.jsonl:1, found `prompt`",
     ]
 

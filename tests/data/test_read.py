@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.fake_tokenizer import ASSISTANT, BOS, EOS, USER, ByteTokenizer
+from data.fake_tokenizer import ASSISTANT, BOS, EOS, USER, ByteTokenizer, options
 from halfbyte.data import text_files
 from halfbyte.data.dataset import Dataset
 from halfbyte.data.formats import Format
-from halfbyte.data.options import DataOptions, OverLength
+from halfbyte.data.options import Overlong
 from halfbyte.data.read import Reading, load_dataset, read_dataset
 from halfbyte.data.rows import Origin
 from halfbyte.data.store import StoreBuilder
@@ -31,9 +31,9 @@ def write(path: Path, rows: Sequence[object]) -> Path:
 
 
 def read(
-    tmp_path: Path, rows: Sequence[object], tokenizer: ByteTokenizer = TOKENIZER, **options: object
+    tmp_path: Path, rows: Sequence[object], tokenizer: ByteTokenizer = TOKENIZER, **changes: object
 ) -> Reading:
-    return read_dataset(write(tmp_path / "a.jsonl", rows), tokenizer, DataOptions(**options))  # type: ignore[arg-type]
+    return read_dataset(write(tmp_path / "a.jsonl", rows), tokenizer, options(**changes))  # type: ignore[arg-type]
 
 
 def documents(dataset: Dataset) -> list[tuple[list[int], list[int | None]]]:
@@ -89,14 +89,14 @@ def test_tokens_and_targets(
 def test_all_problems_of_a_file_at_once(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [pair("p", "c"), pair("p", ""), {"prompt": "p"}, CHAT, 5])
     with pytest.raises(DataError) as caught:
-        load_dataset(path, TOKENIZER, DataOptions())
+        load_dataset(path, TOKENIZER, options())
     assert [problem.split(":")[1] for problem in caught.value.problems] == ["2", "3", "4", "5"]
 
 
 def test_problems_beyond_the_limit_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [pair("p", "c")] + [pair("p", "")] * 50)
     with pytest.raises(DataError, match="50 problems") as caught:
-        load_dataset(path, TOKENIZER, DataOptions())
+        load_dataset(path, TOKENIZER, options())
     assert len(caught.value.problems) == 20
     assert "a.jsonl:21: `completion` is empty\n  and 30 more" in str(caught.value)
 
@@ -142,7 +142,7 @@ LONG = [pair("p", "abcdefgh"), pair("p ", "ab"), pair("pqrstuvw", "ab")]
 
 def test_rows_of_more_than_the_maximum_are_refused_by_default(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        load_dataset(write(tmp_path / "a.jsonl", LONG), TOKENIZER, DataOptions(max_length=6))
+        load_dataset(write(tmp_path / "a.jsonl", LONG), TOKENIZER, options(max_length=6))
     assert caught.value.problems == (
         "a.jsonl:1: 10 tokens, more than data.max_length = 6",
         "a.jsonl:3: 11 tokens, more than data.max_length = 6",
@@ -151,26 +151,26 @@ def test_rows_of_more_than_the_maximum_are_refused_by_default(tmp_path: Path) ->
 
 
 def test_dropped_rows_are_counted_and_named(tmp_path: Path) -> None:
-    options = DataOptions(max_length=6, over_length=OverLength.DROP)
-    reading = load_dataset(write(tmp_path / "a.jsonl", LONG), TOKENIZER, options)
+    dropping = options(max_length=6, overlong=Overlong.DROP)
+    reading = load_dataset(write(tmp_path / "a.jsonl", LONG), TOKENIZER, dropping)
     assert len(reading.dataset) == 1
-    assert reading.notices(options)[0] == (
+    assert reading.notices()[0] == (
         "2 of 3 rows are longer than 6 tokens and were dropped (21 tokens lost): "
         "a.jsonl:1 (10 tokens), a.jsonl:3 (11 tokens)"
     )
 
 
 def test_truncated_rows_are_counted_and_refused_without_targets(tmp_path: Path) -> None:
-    reading = read(tmp_path, LONG, max_length=6, over_length=OverLength.TRUNCATE)
+    reading = read(tmp_path, LONG, max_length=6, overlong=Overlong.TRUNCATE)
     assert documents(reading.dataset)[0] == (list(b"pabcde"), [*b"abcde", None])
     assert reading.problems.listed == ["a.jsonl:3: no trained token within data.max_length = 6"]
-    assert (reading.over_length.count, reading.num_lost_tokens) == (2, 9)
+    assert (reading.overlong.count, reading.num_lost_tokens) == (2, 9)
 
 
 def test_pairs_that_run_together_are_reported_once_with_a_count(tmp_path: Path) -> None:
     rows = [pair("p", "c"), pair("p ", "c"), pair("p", "\nc"), pair("", "c"), pair("q", "c")]
     reading = read(tmp_path, rows)
-    (notice,) = reading.notices(DataOptions())
+    (notice,) = reading.notices()
     assert notice.startswith("in 2 of 5 rows the prompt does not end")
     assert notice.endswith(": a.jsonl:1, a.jsonl:5")
 
@@ -178,8 +178,8 @@ def test_pairs_that_run_together_are_reported_once_with_a_count(tmp_path: Path) 
 def test_ignored_fields_and_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("")
     write(tmp_path / "a.jsonl", [{**pair("p ", "c"), "id": 1}])
-    reading = read_dataset(tmp_path, TOKENIZER, DataOptions())
-    assert reading.notices(DataOptions()) == [
+    reading = read_dataset(tmp_path, TOKENIZER, options())
+    assert reading.notices() == [
         "fields that are not used: id",
         "files of unknown kind, not read: notes.md",
     ]
@@ -190,7 +190,7 @@ def test_plain_text_is_one_stream_in_which_every_token_but_the_first_is_predicte
 ) -> None:
     path = tmp_path / "a.txt"
     path.write_text("abcdef")
-    reading = read_dataset(path, WITH_BOS, DataOptions(max_length=3))
+    reading = read_dataset(path, WITH_BOS, options(max_length=3))
     assert documents(reading.dataset) == [
         ([BOS, *b"ab"], [*b"abc"]),
         ([*b"cde"], [*b"def"]),
@@ -241,7 +241,7 @@ def test_reading_text_in_portions_changes_nothing(
             portions.append(text)
             return super().encode(text, bos=bos)
 
-    reading = read_dataset(tmp_path / "a.txt", Recorder(), DataOptions(max_length=1000))
+    reading = read_dataset(tmp_path / "a.txt", Recorder(), options(max_length=1000))
     assert documents(reading.dataset)[0][0] == [*text.encode(), EOS]
     assert "".join(portions) == text
     assert (len(portions) > 1) == (portion < len(text))
@@ -255,7 +255,7 @@ def test_text_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\ntwo \xff\n")
     (tmp_path / "b.txt").write_bytes(b" \n")
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"text" * 100)[:-9])
-    reading = read_dataset(tmp_path, TOKENIZER, DataOptions())
+    reading = read_dataset(tmp_path, TOKENIZER, options())
     assert [problem.partition(": dam")[0] for problem in reading.problems.listed] == [
         "a.txt:2: not UTF-8 text at byte 4", "a.txt: no text", "b.txt: no text", "c.txt.gz", "c.txt.gz: no text",
     ]  # fmt: skip
@@ -263,7 +263,7 @@ def test_text_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_text_files_are_in_no_other_format(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
-    reading = read_dataset(tmp_path, TOKENIZER, DataOptions(format=Format.MESSAGES))
+    reading = read_dataset(tmp_path, TOKENIZER, options(format=Format.MESSAGES))
     assert reading.problems.listed == ["a.txt: plain text is not in the format messages"]
 
 
@@ -276,7 +276,7 @@ def test_fingerprint_is_of_content_and_order_not_of_the_file(tmp_path: Path) -> 
         writer.writerows(rows)
     (tmp_path / "c.json").write_text(json.dumps([{**row, "id": 7} for row in rows]))
     for name in ("b.csv", "c.json"):
-        assert read_dataset(tmp_path / name, TOKENIZER, DataOptions()).fingerprint == fingerprint
+        assert read_dataset(tmp_path / name, TOKENIZER, options()).fingerprint == fingerprint
     assert read(tmp_path, rows[::-1]).fingerprint != fingerprint
     assert read(tmp_path, [rows[0], pair("q ", "3")]).fingerprint != fingerprint
 
@@ -301,10 +301,10 @@ def test_duplicates_are_counted(tmp_path: Path) -> None:
 def test_progress_counts_rows(tmp_path: Path) -> None:
     seen: list[int] = []
     path = write(tmp_path / "a.jsonl", [pair("p", "c")] * 600)
-    read_dataset(path, TOKENIZER, DataOptions(), progress=seen.append)
+    read_dataset(path, TOKENIZER, options(), progress=seen.append)
     assert seen == [256, 512]
 
 
 def test_a_maximum_without_room_for_a_target() -> None:
     with pytest.raises(ConfigError, match="at least 2 expected, found 1"):
-        DataOptions(max_length=1)
+        options(max_length=1)

@@ -1,9 +1,8 @@
 """`halfbyte data`: what a model will be trained on, before it is trained."""
 
-from dataclasses import asdict, replace
-from enum import StrEnum
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,18 +17,16 @@ from halfbyte.cli.output import JsonValue, current_output
 from halfbyte.cli.parsing import example, new_app
 
 if TYPE_CHECKING:
-    from halfbyte.data.options import DataOptions
+    from halfbyte.training.config import Config
 
 app = new_app()
 
-Choice = TypeVar("Choice", bound=StrEnum)
-
 Model = Annotated[Path, typer.Argument(help="A model directory; its tokenizer is used.")]
 Data = Annotated[str, typer.Argument(help="A file, a folder, or a glob in quotes.")]
-Format = Annotated[str | None, typer.Option(help="The row format, where it is not clear.")]
+RowFormat = Annotated[str | None, typer.Option(help="The row format, where it is not clear.")]
 MaxLength = Annotated[int | None, typer.Option(help="Most tokens of a document.")]
-OverLength = Annotated[
-    str | None, typer.Option(help="For longer rows: refuse (the default), truncate or drop.")
+Longer = Annotated[
+    str | None, typer.Option(help="What to do with longer rows: refuse, truncate or drop.")
 ]
 TrainOnPrompt = Annotated[bool, typer.Option("--train-on-prompt", help="Loss on every token.")]
 
@@ -48,7 +45,7 @@ def data() -> None:
 @app.command(
     epilog=example(
         "halfbyte data check models/smollm2 train.jsonl",
-        "halfbyte data check models/smollm2 'data/*.jsonl' --max-length 512 --over-length drop \\\n"
+        "halfbyte data check models/smollm2 'data/*.jsonl' --max-length 512 --overlong drop \\\n"
         "    --eval-fraction 0.05 --tokens-per-step 4096",
     )
 )
@@ -56,21 +53,21 @@ def check(
     model: Model,
     data: Data,
     *,
-    format: Format = None,  # noqa: A002  (the name of the option)
+    format: RowFormat = None,  # noqa: A002  (the name of the option)
     max_length: MaxLength = None,
-    over_length: OverLength = None,
+    overlong: Longer = None,
     train_on_prompt: TrainOnPrompt = False,
     evaluation: Annotated[
         str | None, typer.Option("--eval", help="Data for evaluation, of its own.")
     ] = None,
     eval_fraction: Annotated[
-        float | None, typer.Option(help="Part of the data to hold out, by prompts.")
+        float | None, typer.Option(help="Part of the data to hold out, by prompts; 0 for none.")
     ] = None,
     tokens_per_step: Annotated[
-        int | None, typer.Option(help="Show the steps of an epoch for this budget.")
+        int | None, typer.Option(help="Most tokens of an optimizer step.")
     ] = None,
     micro_batch_tokens: Annotated[
-        int | None, typer.Option(help="The same for micro-batches; else one a step.")
+        int | None, typer.Option(help="Most tokens of a micro-batch; else of a step.")
     ] = None,
     group_by_length: Annotated[
         bool, typer.Option("--group-by-length", help="Similar lengths in a step.")
@@ -86,38 +83,56 @@ def check(
     from halfbyte.data.report import measure, shape_epoch
     from halfbyte.errors import UsageError
     from halfbyte.text.tokenizer import Tokenizer
+    from halfbyte.training.data_options import data_options
 
     if evaluation is not None and eval_fraction is not None:
         raise UsageError("--eval and --eval-fraction exclude each other")
-    options = _options(format, max_length, over_length, train_on_prompt=train_on_prompt)
+    config = _config(
+        model,
+        data,
+        {
+            "data.format": format,
+            "data.max_length": max_length,
+            "data.overlong": overlong,
+            "data.train_on_prompt": train_on_prompt or None,
+            "data.group_by_length": group_by_length or None,
+            "data.eval": evaluation,
+            "data.eval_fraction": eval_fraction,
+            "training.tokens_per_step": tokens_per_step,
+            "training.micro_batch_tokens": micro_batch_tokens,
+        },
+    )
+    options = data_options(config.data)
     output = current_output()
     tokenizer = Tokenizer.load(model)
     locations = [data] if evaluation is None else [data, evaluation]
     readings = [read_dataset(location, tokenizer, options) for location in locations]
+    for location, reading in zip(locations, readings, strict=True):
+        show_reading(output, location, reading)
     parts = {"train": readings[0].dataset}
-    if eval_fraction is not None and len(parts["train"]):
-        parts["train"], parts["eval"] = split_by_prompt(parts["train"], eval_fraction)
     if evaluation is not None:
         parts["eval"] = readings[1].dataset
+    elif config.data.eval_fraction and len(parts["train"]):
+        parts["train"], parts["eval"] = split_by_prompt(parts["train"], config.data.eval_fraction)
     sizes = {name: measure(part) for name, part in parts.items() if len(part)}
-    packing, epoch = None, None
-    if tokens_per_step is not None:
+    epoch = None
+    if sizes:
+        show_sizes(output, sizes)
+    if len(parts["train"]):
+        budget = config.training.tokens_per_step
         packing = PackingOptions(
-            tokens_per_step=tokens_per_step,
-            micro_batch_tokens=micro_batch_tokens or tokens_per_step,
-            group_by_length=group_by_length,
+            tokens_per_step=budget,
+            micro_batch_tokens=config.training.micro_batch_tokens or budget,
+            seed=config.training.seed,
+            group_by_length=config.data.group_by_length,
         )
-    for location, reading in zip(locations, readings, strict=True):
-        show_reading(output, location, reading, options)
-    show_sizes(output, sizes)
-    if packing and len(parts["train"]):
         require_fitting(parts["train"], packing)
         epoch = shape_epoch(parts["train"], packing)
         show_epoch(output, packing, epoch)
     num_problems = sum(reading.problems.count for reading in readings)
     output.emit(
         {
-            "data": [reading_record(reading, options) for reading in readings],
+            "data": [reading_record(reading) for reading in readings],
             "sizes": {name: asdict(size) for name, size in sizes.items()},
             "epoch": None if epoch is None else asdict(epoch),
             "num_problems": num_problems,
@@ -143,9 +158,9 @@ def show(
     at: Annotated[
         str | None, typer.Option(help="Place of the row, as messages name it: FILE:LINE.")
     ] = None,
-    format: Format = None,  # noqa: A002  (the name of the option)
+    format: RowFormat = None,  # noqa: A002  (the name of the option)
     max_length: MaxLength = None,
-    over_length: OverLength = None,
+    overlong: Longer = None,
     train_on_prompt: TrainOnPrompt = False,
 ) -> None:
     """Print a row as the model will see it, with the trained tokens coloured.
@@ -156,14 +171,24 @@ def show(
     from halfbyte.data.report import runs
     from halfbyte.errors import UsageError
     from halfbyte.text.tokenizer import Tokenizer
+    from halfbyte.training.data_options import data_options
 
     if row is not None and at is not None:
         raise UsageError("--row and --at exclude each other")
     if row is not None and row < 1:
         raise UsageError(f"--row: at least 1 expected, found {row}")
-    options = _options(format, max_length, over_length, train_on_prompt=train_on_prompt)
+    config = _config(
+        model,
+        data,
+        {
+            "data.format": format,
+            "data.max_length": max_length,
+            "data.overlong": overlong,
+            "data.train_on_prompt": train_on_prompt or None,
+        },
+    )
     tokenizer = Tokenizer.load(model)
-    reading = read_one(data, tokenizer, options, at or row or 1)
+    reading = read_one(data, tokenizer, data_options(config.data), at or row or 1)
     output = current_output()
     records: list[JsonValue] = []
     for document in range(len(reading.dataset)):
@@ -175,27 +200,10 @@ def show(
     output.emit({"documents": records})
 
 
-def _options(
-    format_: str | None, max_length: int | None, over_length: str | None, *, train_on_prompt: bool
-) -> "DataOptions":
-    from halfbyte.data.formats import Format as RowFormat
-    from halfbyte.data.options import DataOptions
-    from halfbyte.data.options import OverLength as WhenOverLength
+def _config(model: Path, data: str, flags: dict[str, object]) -> "Config":
+    """The config of a run with these options, so that defaults and checks are those of runs."""
+    from halfbyte.training.config_file import load_config
 
-    options = DataOptions(train_on_prompt=train_on_prompt)
-    if format_ is not None:
-        options = replace(options, format=_choice(RowFormat, format_, "--format"))
-    if max_length is not None:
-        options = replace(options, max_length=max_length)
-    if over_length is not None:
-        chosen = _choice(WhenOverLength, over_length, "--over-length")
-        options = replace(options, over_length=chosen)
-    return options
-
-
-def _choice(choices: type[Choice], given: str, option: str) -> Choice:
-    from halfbyte.errors import UsageError
-
-    if given not in {choice.value for choice in choices}:
-        raise UsageError(f"{option}: one of {', '.join(choices)} expected, found {given!r}")
-    return choices(given)
+    return load_config(
+        flags={"model": str(model), "data.train": data, "output.dir": "none", **flags}
+    )

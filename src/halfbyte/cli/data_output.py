@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from halfbyte.cli.output import JsonValue, Output
 
 if TYPE_CHECKING:
-    from halfbyte.data.options import DataOptions
     from halfbyte.data.packing import PackingOptions
     from halfbyte.data.read import Reading
     from halfbyte.data.report import EpochShape, Run, Size
@@ -20,7 +19,7 @@ BEGIN_TRAINED, END_TRAINED = "⟦", "⟧"
 SHOWN_FILES = 3
 
 
-def show_reading(output: Output, location: str, reading: "Reading", options: "DataOptions") -> None:
+def show_reading(output: Output, location: str, reading: "Reading") -> None:
     """Print what was found in which format, notices and problems."""
     output.heading(f"Data {location}")
     files = reading.sources.files
@@ -31,7 +30,7 @@ def show_reading(output: Output, location: str, reading: "Reading", options: "Da
     output.text(f"  format       {choice}")
     output.text(f"  rows         {reading.num_rows}")
     output.text(f"  fingerprint  {reading.fingerprint}")
-    for notice in reading.notices(options):
+    for notice in reading.notices():
         output.text(f"  note: {notice}")
     for problem in reading.problems.listed:
         output.text(f"  problem: {problem}")
@@ -100,7 +99,7 @@ def show_runs(output: Output, place: str, runs: Sequence["Run"]) -> None:
     Console(highlight=False, soft_wrap=True).print(Text.assemble(*parts))
 
 
-def reading_record(reading: "Reading", options: "DataOptions") -> JsonValue:
+def reading_record(reading: "Reading") -> JsonValue:
     """What was found, as JSON."""
     choice = reading.choice
     return {
@@ -113,11 +112,11 @@ def reading_record(reading: "Reading", options: "DataOptions") -> JsonValue:
         "ignored_fields": reading.ignored_fields,
         "num_rows": reading.num_rows,
         "fingerprint": reading.fingerprint,
-        "num_over_length": reading.over_length.count,
+        "num_overlong": reading.overlong.count,
         "num_lost_tokens": reading.num_lost_tokens,
         "num_cut": reading.cut.count,
         "num_unseparated": reading.unseparated.count,
-        "notices": reading.notices(options),
+        "notices": reading.notices(),
         "problems": reading.problems.listed,
         "num_problems": reading.problems.count,
     }

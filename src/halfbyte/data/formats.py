@@ -19,7 +19,7 @@ class Format(StrEnum):
 
     MESSAGES = "messages"
     SHAREGPT = "sharegpt"
-    PROMPT_COMPLETION = "prompt-completion"
+    PROMPT_COMPLETION = "prompt_completion"
     ALPACA = "alpaca"
     TEXT = "text"
     TOKENS = "tokens"

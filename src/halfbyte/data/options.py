@@ -7,7 +7,7 @@ from halfbyte.data.formats import Format
 from halfbyte.errors import ConfigError
 
 
-class OverLength(StrEnum):
+class Overlong(StrEnum):
     """What happens to an example of more than `max_length` tokens. Running text is cut instead."""
 
     REFUSE = "refuse"
@@ -17,20 +17,20 @@ class OverLength(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DataOptions:
-    """Settings with their defaults. Valid once built.
+    """The settings; the config has their defaults. Valid once built.
 
     Attributes:
         format: The row format; None means found from the rows' fields.
         max_length: Most tokens of a document.
-        over_length: For longer examples. `refuse` is the default, because a truncated answer
-            has lost its end token and teaches the model not to stop: that wants a decision.
+        overlong: For longer examples. A truncated answer has lost its end token and teaches
+            the model not to stop, so the config's default is `refuse`: it wants a decision.
         train_on_prompt: Put loss on every token, not only on those of the answer.
     """
 
-    format: Format | None = None
-    max_length: int = 2048
-    over_length: OverLength = OverLength.REFUSE
-    train_on_prompt: bool = False
+    format: Format | None
+    max_length: int
+    overlong: Overlong
+    train_on_prompt: bool
 
     def __post_init__(self) -> None:
         # A document needs a token to predict from and one to predict.

@@ -138,5 +138,5 @@ def require_fitting(dataset: Dataset, options: PackingOptions) -> None:
                 f"{count} of {len(dataset)} documents do not fit training.{name} = {budget}; "
                 f"the longest is {origin} with {longest} tokens",
                 hint=f"Raise training.{name} to {longest}, or lower data.max_length to {budget} "
-                "with data.over_length truncate or drop.",
+                "with data.overlong truncate or drop.",
             )

@@ -11,7 +11,7 @@ from halfbyte.data.dataset import Dataset
 from halfbyte.data.encode import Encoded, Encoder, Tokenizer
 from halfbyte.data.examples import Document, Example, RawPair, canonical, digest64, prompt_digest
 from halfbyte.data.formats import Format, FormatChoice, FormatDetector
-from halfbyte.data.options import DataOptions, OverLength
+from halfbyte.data.options import DataOptions, Overlong
 from halfbyte.data.parse import parse_row
 from halfbyte.data.problems import Problems, RowError
 from halfbyte.data.rows import Origin, read_rows
@@ -50,45 +50,47 @@ class Reading:
     """A data set as it was found.
 
     Attributes:
+        options: How it was read.
         dataset: The documents that can be used.
         sources: The files.
         choice: The row format and why; None for plain text files or when none was found.
         ignored_fields: Fields of the rows that are not read.
         num_rows: Rows found, or plain text files; those with problems included.
         fingerprint: sha256 over the content of the rows in order, whatever the file kind.
-        over_length: Rows of more than the maximum length (refused, truncated or dropped).
+        overlong: Rows of more than the maximum length (refused, truncated or dropped).
         num_lost_tokens: Tokens that truncating or dropping took away.
         cut: Texts of more than the maximum length, used whole in several documents.
         unseparated: Raw pairs with no space between prompt and completion.
         problems: What is wrong; training refuses a data set that has any.
     """
 
+    options: DataOptions
     dataset: Dataset
     sources: Sources
     choice: FormatChoice | None
     ignored_fields: tuple[str, ...]
     num_rows: int
     fingerprint: str
-    over_length: Tally
+    overlong: Tally
     num_lost_tokens: int
     cut: Tally
     unseparated: Tally
     problems: Problems
 
-    def notices(self, options: DataOptions) -> list[str]:
+    def notices(self) -> list[str]:
         """What a user should know before training, a sentence each."""
         found = []
-        if self.over_length.count and options.over_length is not OverLength.REFUSE:
-            verb = "truncated" if options.over_length is OverLength.TRUNCATE else "dropped"
+        limit = self.options.max_length
+        if self.overlong.count and self.options.overlong is not Overlong.REFUSE:
+            verb = "truncated" if self.options.overlong is Overlong.TRUNCATE else "dropped"
             found.append(
-                f"{self.over_length.count} of {self.num_rows} rows are longer than "
-                f"{options.max_length} tokens and were {verb} ({self.num_lost_tokens} tokens "
-                f"lost): {self.over_length}"
+                f"{self.overlong.count} of {self.num_rows} rows are longer than {limit} tokens "
+                f"and were {verb} ({self.num_lost_tokens} tokens lost): {self.overlong}"
             )
         if self.cut.count:
             found.append(
-                f"{self.cut.count} of {self.num_rows} texts are longer than {options.max_length} "
-                f"tokens and were cut into several documents, with nothing lost: {self.cut}"
+                f"{self.cut.count} of {self.num_rows} texts are longer than {limit} tokens "
+                f"and were cut into several documents, with nothing lost: {self.cut}"
             )
         if self.unseparated.count:
             found.append(
@@ -117,7 +119,7 @@ def load_dataset(
         MissingFileError: Nothing is at `location`.
     """
     reading = read_dataset(location, tokenizer, options, progress=progress)
-    reading.problems.raise_if_any(f"cannot train on {location}", hint=_hint(reading, options))
+    reading.problems.raise_if_any(f"cannot train on {location}", hint=_hint(reading))
     return reading
 
 
@@ -167,8 +169,8 @@ def read_one(
     if not len(reading.dataset):
         raise UsageError(
             f"{location}: no row {wanted} to show, it has {reading.num_rows} rows"
-            if not reading.over_length.count
-            else f"{location}: row {wanted} is left out: {reading.over_length}"
+            if not reading.overlong.count
+            else f"{location}: row {wanted} is left out: {reading.overlong}"
         )
     return reading
 
@@ -207,7 +209,7 @@ class _Reader:
         self._problems = Problems()
         self._builder = StoreBuilder()
         self._digest = hashlib.sha256()
-        self._over_length = Tally()
+        self._overlong = Tally()
         self._num_lost_tokens = 0
         self._cut = Tally()
         self._unseparated = Tally()
@@ -287,14 +289,14 @@ class _Reader:
         length = len(encoded.ids)
         if length <= limit:
             return encoded
-        self._over_length.add(f"{origin} ({length} tokens)")
-        match self._options.over_length:
-            case OverLength.REFUSE:
+        self._overlong.add(f"{origin} ({length} tokens)")
+        match self._options.overlong:
+            case Overlong.REFUSE:
                 raise RowError(f"{length} tokens, more than data.max_length = {limit}")
-            case OverLength.DROP:
+            case Overlong.DROP:
                 self._num_lost_tokens += length
                 return None
-            case OverLength.TRUNCATE:
+            case Overlong.TRUNCATE:
                 self._num_lost_tokens += length - limit
                 return Encoded(encoded.ids[:limit], encoded.trained[:limit])
 
@@ -312,13 +314,14 @@ class _Reader:
     ) -> Reading:
         store = self._builder.build()
         return Reading(
+            options=self._options,
             dataset=Dataset(store, np.arange(len(store.starts), dtype=np.int64)),
             sources=sources,
             choice=choice,
             ignored_fields=ignored_fields,
             num_rows=num_rows,
             fingerprint=self._digest.hexdigest(),
-            over_length=self._over_length,
+            overlong=self._overlong,
             num_lost_tokens=self._num_lost_tokens,
             cut=self._cut,
             unseparated=self._unseparated,
@@ -339,10 +342,10 @@ def _run_together(pair: RawPair) -> bool:
     return not pair.prompt_text[-1].isspace() and not pair.completion[0].isspace()
 
 
-def _hint(reading: Reading, options: DataOptions) -> str:
-    if not reading.over_length.count or options.over_length is not OverLength.REFUSE:
+def _hint(reading: Reading) -> str:
+    if not reading.overlong.count or reading.options.overlong is not Overlong.REFUSE:
         return ""
     return (
-        f"{reading.over_length.count} rows are too long: raise data.max_length, or set "
-        "data.over_length to truncate (cuts the end of the answer off) or drop."
+        f"{reading.overlong.count} rows are too long: raise data.max_length, or set "
+        "data.overlong to truncate (cuts the end of the answer off) or drop."
     )
