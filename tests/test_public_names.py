@@ -15,6 +15,7 @@ PUBLIC = {
     "__version__",
     "double_quantize",
     "error_report",
+    "linear",
     "quantize",
 }
 

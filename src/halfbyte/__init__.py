@@ -12,6 +12,7 @@ _HOMES = {
     "QuantizedTensor": "halfbyte.formats.quantized_tensor",
     "double_quantize": "halfbyte.formats.double_quantization",
     "error_report": "halfbyte.formats.error_report",
+    "linear": "halfbyte.kernels.linear",
     "quantize": "halfbyte.formats.quantized_tensor",
 }
 """Public name -> the module that defines it, imported when the name is first used."""
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from halfbyte.formats.error_report import error_report as error_report
     from halfbyte.formats.quantized_tensor import QuantizedTensor as QuantizedTensor
     from halfbyte.formats.quantized_tensor import quantize as quantize
+    from halfbyte.kernels.linear import linear as linear
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  (PEP 562 fixes the signature)

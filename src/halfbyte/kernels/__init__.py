@@ -6,5 +6,8 @@ operator imports this package first. `kernels.backends` says what is in use and 
 """
 
 from halfbyte.kernels import backends
+from halfbyte.kernels.linear import linear, linear_input_gradient
+
+__all__ = ["linear", "linear_input_gradient"]
 
 backends.load()

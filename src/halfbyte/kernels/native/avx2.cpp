@@ -4,12 +4,14 @@
 
 #include <immintrin.h>
 
+#include <cstdlib>
+#include <memory>
+
 #define HALFBYTE_ISA avx2
 #define HALFBYTE_TARGET "avx2,fma,f16c,bmi,bmi2"
 #include "target.h"
 // (after the target, so that the loops are compiled for it)
-#include "kernels.h"
-#include "plain.h"
+#include "matmul.h"
 
 namespace halfbyte::avx2 {
 namespace {
@@ -102,6 +104,39 @@ void dequantize_4bit_fast(const Quantized& weight, int64_t begin, int64_t end, D
   });
 }
 
+template <DType dtype>
+struct Micro {
+  using Element = float;
+  using Vector = __m256;
+  using Sum = __m256;
+  static constexpr int kRows = 3, kColumns = 4, kStep = 8;
+  static constexpr int64_t kDepth = 1024, kPanel = 16;
+
+  static Sum zero() { return _mm256_setzero_ps(); }
+  static Vector load(const float* p) { return _mm256_loadu_ps(p); }
+  static Sum multiply_add(Sum sum, Vector a, Vector b) { return _mm256_fmadd_ps(a, b, sum); }
+  static void reduce(const Sum* sums, float* out) {
+    const __m256 low = _mm256_hadd_ps(sums[0], sums[1]);
+    const __m256 high = _mm256_hadd_ps(sums[2], sums[3]);
+    const __m256 both = _mm256_hadd_ps(low, high);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+  }
+
+  struct Decoder {
+    explicit Decoder(const Quantized& w) : weight(w) {}
+    void decode(int64_t begin, int64_t end, float* out) const {
+      for_each_block(weight, begin, end, [&](float scale, int64_t from, int64_t to) {
+        float values[16];
+        rounded_table<dtype>(weight.table, scale, values);
+        expand<Expander32>(weight.codes, values, from, to, out + (from - begin));
+      });
+    }
+    const Quantized& weight;
+  };
+};
+
+using Linear = FloatLinear<Micro>;
+
 }  // namespace
 }  // namespace halfbyte::avx2
 
@@ -113,6 +148,10 @@ const Kernels kAvx2 = {
     .dequantize_4bit = avx2::dequantize_4bit_fast,
     .quantize_8bit = avx2::quantize_8bit,
     .dequantize_8bit = avx2::dequantize_8bit,
+    .prepared_bytes = avx2::Linear::prepared_bytes,
+    .prepare = avx2::Linear::prepare,
+    .linear = avx2::Linear::run,
+    .few_rows = {64, 64, 64},
 };
 
 }  // namespace halfbyte

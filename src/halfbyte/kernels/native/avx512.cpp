@@ -205,6 +205,10 @@ const Kernels kAvx512Bf16 = {
     .dequantize_4bit = avx512::dequantize_4bit_fast,
     .quantize_8bit = avx512::quantize_8bit_fast,
     .dequantize_8bit = avx512::dequantize_8bit_fast,
+    .prepared_bytes = avx512::prepared_bytes,
+    .prepare = avx512::prepare,
+    .linear = avx512::linear,
+    .few_rows = {64, 64, 64},
 };
 
 }  // namespace halfbyte

@@ -2,9 +2,18 @@
 
 #pragma once
 
+#include "kernels.h"
 #include "plain.h"
 
 namespace halfbyte::avx512 {
+
+// In avx512_linear.cpp; see `Kernels`.
+int64_t prepared_bytes(const Quantized& weight, const LinearShape& shape, DType dtype);
+void prepare(const Quantized& weight, const LinearShape& shape, DType dtype, const void* x,
+             int64_t begin, int64_t end, void* prepared);
+void linear(const Quantized& weight, const LinearShape& shape, DType dtype, const void* prepared,
+            int64_t begin, int64_t end, const void* bias, void* y);
+
 namespace {
 
 template <DType dtype>

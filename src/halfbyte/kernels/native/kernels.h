@@ -30,6 +30,20 @@ struct Kernels {
   // Elements [begin, end), written to out[begin, end).
   void (*dequantize_8bit)(const uint8_t* codes, const float* table, const float* scales,
                           int64_t block_size, int64_t begin, int64_t end, DType dtype, void* out);
+
+  // x W^T for few rows, in two steps. `prepare` rewrites rows [begin, end) of x [rows,
+  // in_features] in the order that `linear` reads; `linear` writes outputs [begin, end) of every
+  // row of y [rows, out_features], from the prepared x and an optional bias [out_features]. All
+  // of one dtype; products are summed in float32.
+  int64_t (*prepared_bytes)(const Quantized& weight, const LinearShape& shape, DType dtype);
+  void (*prepare)(const Quantized& weight, const LinearShape& shape, DType dtype, const void* x,
+                  int64_t begin, int64_t end, void* prepared);
+  void (*linear)(const Quantized& weight, const LinearShape& shape, DType dtype,
+                 const void* prepared, int64_t begin, int64_t end, const void* bias, void* y);
+
+  // The most rows for which `linear` is faster than filling a workspace for PyTorch's matmul,
+  // for float32, bfloat16 and float16: measured, see docs/kernels.md.
+  int64_t few_rows[3];
 };
 
 extern const Kernels kPortable;

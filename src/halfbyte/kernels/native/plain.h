@@ -64,8 +64,7 @@ float absolute_maximum(const float* y, int64_t count) {
 }
 
 // Scales [first, first + count) in float32. Two roundings when they are double-quantized.
-[[maybe_unused]] void decode_scales(const Scales& scales, int64_t first, int64_t count,
-                                    float* out) {
+void decode_scales(const Scales& scales, int64_t first, int64_t count, float* out) {
   if (scales.plain != nullptr) {
     for (int64_t i = 0; i < count; ++i) out[i] = scales.plain[first + i];
     return;
@@ -89,8 +88,7 @@ void block_table(const float* table, float scale, typename Element<dtype>::Type*
 
 // Elements [begin, end) of one block.
 template <typename T>
-[[maybe_unused]] void look_up(const uint8_t* codes, const T* values, int64_t begin, int64_t end,
-                              T* out) {
+void look_up(const uint8_t* codes, const T* values, int64_t begin, int64_t end, T* out) {
   int64_t i = begin;
   if (i < end && i % 2 != 0) {
     *out++ = values[codes[i / 2] & 15];
@@ -121,8 +119,7 @@ void for_each_block(const Quantized& weight, int64_t begin, int64_t end, Functio
   }
 }
 
-[[maybe_unused]] void dequantize_4bit(const Quantized& weight, int64_t begin, int64_t end,
-                                      DType dtype, void* out) {
+void dequantize_4bit(const Quantized& weight, int64_t begin, int64_t end, DType dtype, void* out) {
   with_dtype(dtype, [&]<DType d>() {
     using T = typename Element<d>::Type;
     for_each_block(weight, begin, end, [&](float scale, int64_t from, int64_t to) {
@@ -172,9 +169,8 @@ void quantize_4bit_plain(const void* x, int64_t numel, int64_t block_size, const
   }
 }
 
-[[maybe_unused]] void quantize_4bit(const void* x, DType dtype, int64_t numel, int64_t block_size,
-                                    const Ranks& ranks, int64_t begin, int64_t end, uint8_t* codes,
-                                    float* scales) {
+void quantize_4bit(const void* x, DType dtype, int64_t numel, int64_t block_size,
+                   const Ranks& ranks, int64_t begin, int64_t end, uint8_t* codes, float* scales) {
   with_dtype(dtype, [&]<DType d>() {
     quantize_4bit_plain<d>(x, numel, block_size, ranks, begin, end, codes, scales);
   });
@@ -250,9 +246,8 @@ void quantize_8bit_plain(const void* x, int64_t numel, int64_t block_size, const
   }
 }
 
-[[maybe_unused]] void quantize_8bit(const void* x, DType dtype, int64_t numel, int64_t block_size,
-                                    const Ranks8& ranks, int64_t begin, int64_t end, uint8_t* codes,
-                                    float* scales) {
+void quantize_8bit(const void* x, DType dtype, int64_t numel, int64_t block_size,
+                   const Ranks8& ranks, int64_t begin, int64_t end, uint8_t* codes, float* scales) {
   with_dtype(dtype, [&]<DType d>() {
     quantize_8bit_plain<d>(x, numel, block_size, ranks, begin, end, codes, scales);
   });
@@ -272,9 +267,8 @@ void dequantize_8bit_plain(const uint8_t* codes, const float* table, const float
   }
 }
 
-[[maybe_unused]] void dequantize_8bit(const uint8_t* codes, const float* table, const float* scales,
-                                      int64_t block_size, int64_t begin, int64_t end, DType dtype,
-                                      void* out) {
+void dequantize_8bit(const uint8_t* codes, const float* table, const float* scales,
+                     int64_t block_size, int64_t begin, int64_t end, DType dtype, void* out) {
   with_dtype(dtype, [&]<DType d>() {
     dequantize_8bit_plain<d>(codes, table, scales, block_size, begin, end, out);
   });

@@ -2,8 +2,50 @@
 
 #define HALFBYTE_ISA portable
 
-#include "kernels.h"
-#include "plain.h"
+#include "matmul.h"
+
+namespace halfbyte::portable {
+namespace {
+
+template <DType dtype>
+struct Micro {
+  // Vector extensions of GCC and Clang: 128 bits are SSE on x86-64 and NEON on aarch64.
+  typedef float Vector __attribute__((vector_size(16)));
+  using Sum = Vector;
+  using Element = float;
+  static constexpr int kRows = 2, kColumns = 4, kStep = 4;
+  static constexpr int64_t kDepth = 1024, kPanel = 16;
+
+  static Sum zero() { return Sum{}; }
+  static Vector load(const float* p) {
+    Vector v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static Sum multiply_add(Sum sum, Vector a, Vector b) { return sum + a * b; }
+  static void reduce(const Sum* sums, float* out) {
+    for (int i = 0; i < kColumns; ++i) {
+      out[i] = (sums[i][0] + sums[i][2]) + (sums[i][1] + sums[i][3]);
+    }
+  }
+
+  struct Decoder {
+    explicit Decoder(const Quantized& w) : weight(w) {}
+    void decode(int64_t begin, int64_t end, float* out) const {
+      for_each_block(weight, begin, end, [&](float scale, int64_t from, int64_t to) {
+        float values[16];
+        rounded_table<dtype>(weight.table, scale, values);
+        look_up(weight.codes, values, from, to, out + (from - begin));
+      });
+    }
+    const Quantized& weight;
+  };
+};
+
+using Linear = FloatLinear<Micro>;
+
+}  // namespace
+}  // namespace halfbyte::portable
 
 namespace halfbyte {
 
@@ -13,6 +55,10 @@ const Kernels kPortable = {
     .dequantize_4bit = portable::dequantize_4bit,
     .quantize_8bit = portable::quantize_8bit,
     .dequantize_8bit = portable::dequantize_8bit,
+    .prepared_bytes = portable::Linear::prepared_bytes,
+    .prepare = portable::Linear::prepare,
+    .linear = portable::Linear::run,
+    .few_rows = {64, 64, 64},
 };
 
 }  // namespace halfbyte
