@@ -39,7 +39,7 @@ def randomize(module: nn.Module) -> None:
     with torch.no_grad():
         for layer in module.modules():
             if isinstance(layer, AdaptedLinear):
-                layer.lora_B.normal_(generator=generator)
+                layer.lora_B.normal_(std=0.1, generator=generator)
 
 
 def test_attaching_in_16_bits_changes_nothing_yet(tower: Tower) -> None:
