@@ -13,6 +13,7 @@ PUBLIC = {
     "HalfbyteError",
     "QuantizedTensor",
     "__version__",
+    "attach",
     "double_quantize",
     "error_report",
     "linear",

@@ -10,6 +10,7 @@ _HOMES = {
     "ErrorReport": "halfbyte.formats.error_report",
     "HalfbyteError": "halfbyte.errors",
     "QuantizedTensor": "halfbyte.formats.quantized_tensor",
+    "attach": "halfbyte.adapters.modules",
     "double_quantize": "halfbyte.formats.double_quantization",
     "error_report": "halfbyte.formats.error_report",
     "linear": "halfbyte.kernels.linear",
@@ -20,6 +21,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604  (the table is the single list of names)
 
 if TYPE_CHECKING:
+    from halfbyte.adapters.modules import attach as attach
     from halfbyte.errors import HalfbyteError as HalfbyteError
     from halfbyte.formats.double_quantization import DoubleQuantized as DoubleQuantized
     from halfbyte.formats.double_quantization import double_quantize as double_quantize

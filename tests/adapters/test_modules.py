@@ -174,13 +174,14 @@ def test_a_step_has_the_gradients_of_peft_on_bitsandbytes() -> None:
                 bias=False,
                 compute_dtype=torch.float32,
                 quant_type="nf4",
+                compress_statistics=False,  # its second-level codes are not always the nearest
             )
             layer.load_state_dict({"weight": part.weight.detach()})
             parent, _, last = name.rpartition(".")
             setattr(theirs.get_submodule(parent), last, layer.to("cpu"))
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = peft.get_peft_model(theirs, config)
-    attached = attach(ours, {"rank": 8, "alpha": 16})
+    attached = attach(ours, {"rank": 8, "alpha": 16}, double_quant=False)
     randomize(ours)
     pairs = {}
     for path, layer in attached.layers.items():
@@ -198,7 +199,7 @@ def test_a_step_has_the_gradients_of_peft_on_bitsandbytes() -> None:
     for name, (mine, peer) in pairs.items():
         scale = peer.grad.abs().max()
         assert scale > 0, name
-        torch.testing.assert_close(mine.grad / scale, peer.grad / scale, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(mine.grad / scale, peer.grad / scale, **TOLERANCE)
 
 
 def test_factors_of_another_dtype_are_refused(tower: Tower) -> None:

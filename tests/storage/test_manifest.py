@@ -81,7 +81,7 @@ def test_names_in_a_manifest_never_leave_the_directory(tmp_path: Path) -> None:
     inside = tmp_path / "inside"
     inside.mkdir()
     files = {"../secret": {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}
-    (inside / MANIFEST).write_text(json.dumps({"version": 1, "files": files}))
+    (inside / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=2) + "\n")
     with pytest.raises(VerificationError, match=r"\.\./secret: missing"):
         verify_manifest(inside)
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from halfbyte.errors import FormatError, UnsafeArtifactError, VerificationError
@@ -41,7 +42,7 @@ def write_manifest(directory: Path | str) -> None:
         for name in _names(directory)
     }
     content = {"version": VERSION, "files": files}
-    write_file(directory / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+    write_file(directory / MANIFEST, _serialized(content))
 
 
 def verify_manifest(directory: Path | str) -> None:
@@ -103,4 +104,10 @@ def _read(path: Path) -> dict[str, tuple[int, str]]:
                 problems.append(f"{name!r:.60}: bytes and sha256 expected, found {fields!r:.60}")
     if problems:
         raise FormatError(f"{path} is not a manifest", problems=problems)
+    if path.read_bytes() != _serialized(content):  # nothing else checks the manifest's own bytes
+        raise FormatError(f"{path} is not as it was written: it is damaged or was edited")
     return listed
+
+
+def _serialized(content: Mapping[str, object]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
