@@ -247,8 +247,11 @@ def test_reading_text_in_portions_changes_nothing(
     assert (len(portions) > 1) == (portion < len(text))
     for before, after in pairwise(portions):
         assert before.endswith("\n")
-        assert not before[-2].isspace()
-        assert not after[0].isspace()
+        if after[0] == " ":
+            assert not after[1].isspace()
+        else:
+            assert not before[-2].isspace()
+            assert not after[0].isspace()
 
 
 def test_text_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Plain text files as streams: one file, one text, cut only at the maximum length.
 
 A file is read and tokenized in portions, so that its size does not matter. Portions end where
-tokenizers split anyway: at a single line break between two characters that are not space.
+tokenizers split anyway, so that the tokens are those of the whole text.
 """
 
 from array import array
@@ -63,4 +63,12 @@ def _portions(file: DataFile) -> Iterator[str]:
 
 
 def _splits_here(before: str, after: str) -> bool:
-    return not before[-2:-1].isspace() and len(before) > 1 and not after[0].isspace()
+    """Whether byte-level tokenizers (GPT-2's and its successors) split between two lines.
+
+    They make a space part of the word behind it, and a line break a token of its own only
+    when it stands alone.
+    """
+    if after[0] == " ":
+        return not after[1:2].isspace()
+    alone = len(before) > 1 and not before[-2].isspace()
+    return alone and not after[0].isspace()
