@@ -17,6 +17,7 @@ PUBLIC = {
     "double_quantize",
     "error_report",
     "linear",
+    "optim",
     "quantize",
 }
 

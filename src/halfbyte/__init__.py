@@ -14,13 +14,15 @@ _HOMES = {
     "double_quantize": "halfbyte.formats.double_quantization",
     "error_report": "halfbyte.formats.error_report",
     "linear": "halfbyte.kernels.linear",
+    "optim": "halfbyte.optim",
     "quantize": "halfbyte.formats.quantized_tensor",
 }
-"""Public name -> the module that defines it, imported when the name is first used."""
+"""Public name -> the module that defines it, or is it, imported when the name is first used."""
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604  (the table is the single list of names)
 
 if TYPE_CHECKING:
+    from halfbyte import optim as optim
     from halfbyte.adapters.modules import attach as attach
     from halfbyte.errors import HalfbyteError as HalfbyteError
     from halfbyte.formats.double_quantization import DoubleQuantized as DoubleQuantized
@@ -37,7 +39,8 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401  (PEP 562 fixes the signature
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
     if _HOMES[name] != "halfbyte.errors":
         importlib.import_module("halfbyte.kernels")  # faster bodies, before any operator runs
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(_HOMES[name])
+    value = home if home.__name__ == f"{__name__}.{name}" else getattr(home, name)
     globals()[name] = value
     return value
 

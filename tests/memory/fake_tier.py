@@ -26,6 +26,7 @@ class FakeTier:
     def __init__(self, *, delay: float = 0.0, seed: int = 0) -> None:
         self.pages: dict[int, Tensor] = {}
         self.reserved = 0
+        self.free = 2**40
         self.capacity: int | None = None  # bytes; None for no limit
         self.broken_writes = False
         self.broken_reads = False
@@ -39,6 +40,9 @@ class FakeTier:
 
     def buffer(self, num_bytes: int) -> Tensor:
         return torch.full((num_bytes,), 0xA5, dtype=torch.uint8)  # never to be mistaken for zeros
+
+    def free_bytes(self) -> int:
+        return self.free
 
     def fence(self) -> object:
         return None

@@ -39,6 +39,9 @@ class LateDevice:
     def device_memory(self, num_bytes: int) -> Tensor:
         return torch.full((num_bytes,), 0x5A, dtype=torch.uint8)
 
+    def free_bytes(self) -> int:
+        return 123
+
     def host_memory(self, num_bytes: int) -> Tensor:
         if self.pinned + num_bytes > self.host_limit:
             raise RuntimeError("out of pinned memory")
@@ -71,6 +74,7 @@ def test_pages_leave_only_when_their_kernels_are_through(pages: int) -> None:
         assert pool.read(item)[0].eq(expected).all()
     assert device.waits > 0
     assert device.pinned == 16 * PAGE
+    assert pool.make_room(0, most=10 * PAGE) == pages * PAGE + 123
     assert pool.stats().slow_tier == "pinned host memory"
     pool.close()
 

@@ -212,6 +212,23 @@ def test_a_budget_shrinks_during_a_walk_from_another_thread() -> None:
     mirror.check(pool)
 
 
+def test_a_budget_makes_room_and_grows_back() -> None:
+    tier = FakeTier()
+    pool, mirror = made(tier, 10), Mirror(ITEMS)
+    mirror.step(pool, 1)
+    held = pool.stats().resident_bytes
+    tier.free = 3 * PAGE
+    assert pool.make_room(7 * PAGE, most=10 * PAGE) == held - 4 * PAGE
+    assert pool.stats().resident_bytes == held - 4 * PAGE
+    tier.free = 0
+    assert pool.make_room(2**40, most=10 * PAGE) == 2 * PAGE
+    assert pool.stats().resident_bytes == 2 * PAGE
+    tier.free = 2**40
+    assert pool.make_room(0, most=10 * PAGE) == 10 * PAGE
+    mirror.step(pool, 2)
+    mirror.check(pool)
+
+
 def test_a_walk_that_is_left_early_keeps_what_was_done() -> None:
     pool = made(FakeTier(), 2, [Item("x", 6 * PAGE // 8, FLOAT)])
     for number, chunk in enumerate(pool.walk()):

@@ -24,6 +24,10 @@ class Streams(Protocol):
         """Uint8 `[num_bytes]` on the device."""
         ...
 
+    def free_bytes(self) -> int:
+        """Device memory that is not in use."""
+        ...
+
     def host_memory(self, num_bytes: int) -> Tensor:
         """Uint8 `[num_bytes]` on the host, pinned so that the device can copy by itself."""
         ...
@@ -49,6 +53,11 @@ class CudaStreams:
     def device_memory(self, num_bytes: int) -> Tensor:
         """From PyTorch's caching allocator."""
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def free_bytes(self) -> int:
+        """As the driver says; what PyTorch's allocator keeps for itself counts as used."""
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return free
 
     def host_memory(self, num_bytes: int) -> Tensor:
         """From PyTorch's pinned allocator."""
@@ -82,6 +91,10 @@ class PinnedHostTier:
     def buffer(self, num_bytes: int) -> Tensor:
         """Device memory, not cleared."""
         return self._streams.device_memory(num_bytes)
+
+    def free_bytes(self) -> int:
+        """Device memory that is not in use."""
+        return self._streams.free_bytes()
 
     def fence(self) -> object:
         """Mark the kernels queued so far."""

@@ -158,6 +158,22 @@ class Pool:
                 self._settle()
                 self.require_usable()
 
+    def make_room(self, num_bytes: int, *, most: int) -> int:
+        """Set the budget to what is left when others take `num_bytes`, and return it.
+
+        Args:
+            num_bytes: What is about to be taken of the fast memory that is free by now.
+            most: The budget when memory is plentiful; the least is two pages.
+
+        Raises:
+            StorageError: As `set_budget`.
+        """
+        held = self._num_buffers * self._page_bytes
+        left = held + self._tier.free_bytes() - num_bytes
+        budget = max(min(most, left), MIN_PAGES * self._page_bytes)
+        self.set_budget(budget)
+        return budget
+
     def prefetch(self) -> None:
         """Begin to fill the budget with what the next walk needs first, and return at once."""
         with self._lock:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import StorageError, UsageError
+from halfbyte.memory.available import available_memory
 from halfbyte.memory.mounts import RAM_FILESYSTEMS, filesystem_of
 
 BLOCK = 4096
@@ -39,6 +40,10 @@ class Tier(Protocol):
 
     def buffer(self, num_bytes: int) -> Tensor:
         """A fast buffer, uint8 `[num_bytes]`."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Fast memory that can still be taken."""
         ...
 
     def fence(self) -> object:
@@ -93,6 +98,10 @@ class FileTier:
     def buffer(self, num_bytes: int) -> Tensor:
         """Anonymous memory: aligned, zero, and returned to the system with the last reference."""
         return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+
+    def free_bytes(self) -> int:
+        """What the machine and all limits on this process leave."""
+        return available_memory().bytes
 
     def fence(self) -> object:
         """Nothing to wait for: arithmetic on a CPU is over when it returns."""

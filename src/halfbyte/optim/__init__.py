@@ -1,0 +1,20 @@
+"""Stepping: AdamW and others with 32- or 8-bit state, resident or paged, as torch optimizers."""
+
+from halfbyte.optim.factory import NAMES, make_optimizer, weight_decay_groups
+from halfbyte.optim.optimizer import StatefulOptimizer
+from halfbyte.optim.optimizers import SGD, AdamW, AdamW8bit, Lion, PagedAdamW, PagedAdamW8bit
+from halfbyte.optim.paging import Paging
+
+__all__ = [
+    "NAMES",
+    "SGD",
+    "AdamW",
+    "AdamW8bit",
+    "Lion",
+    "PagedAdamW",
+    "PagedAdamW8bit",
+    "Paging",
+    "StatefulOptimizer",
+    "make_optimizer",
+    "weight_decay_groups",
+]

@@ -1,0 +1,129 @@
+"""How one step changes a parameter: AdamW, Lion, and SGD with momentum.
+
+A rule is arithmetic on flat float32 tensors, element by element. It knows neither where state is
+kept nor in how many bits.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import UsageError
+from halfbyte.optim import ops as _ops  # noqa: F401  (defines the operator)
+
+Scalars = tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One tensor of state: as large as the parameter, zero at first."""
+
+    name: str
+    signed: bool = True
+
+
+class Rule(Protocol):
+    """The arithmetic of an optimizer."""
+
+    @property
+    def moments(self) -> tuple[Moment, ...]:
+        """The state it keeps, under PyTorch's names."""
+        ...
+
+    def scalars(self, group: Mapping[str, object], step: int) -> Scalars:
+        """What is the same for all elements, from the group's settings, in float64."""
+        ...
+
+    def update(
+        self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], scalars: Scalars
+    ) -> None:
+        """Change the parameter and its state in place; all float32 `[N]`."""
+        ...
+
+
+class AdamWRule:
+    """Decoupled weight decay and bias correction. Source: arXiv:1711.05101."""
+
+    moments = (Moment("exp_avg"), Moment("exp_avg_sq", signed=False))
+
+    def scalars(self, group: Mapping[str, object], step: int) -> Scalars:
+        """Those of the operator `adamw_step`, in its order."""
+        rate, eps, weight_decay = (number(group, name) for name in ("lr", "eps", "weight_decay"))
+        beta1, beta2 = pair(group, "betas")
+        return (
+            1 - rate * weight_decay,
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            (1 - beta2**step) ** 0.5,
+            eps,
+            -(rate / (1 - beta1**step)),
+        )
+
+    def update(
+        self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], scalars: Scalars
+    ) -> None:
+        """One operator, so that a kernel can do it in one pass over memory."""
+        exp_avg, exp_avg_sq = state
+        torch.ops.halfbyte.adamw_step(param, grad, exp_avg, exp_avg_sq, *scalars)
+
+
+class LionRule:
+    """The sign of an interpolated momentum. Source: arXiv:2302.06675, algorithm 2."""
+
+    moments = (Moment("exp_avg"),)
+
+    def scalars(self, group: Mapping[str, object], step: int) -> Scalars:  # noqa: ARG002
+        """Decay, the two interpolation weights, and the learning rate."""
+        rate, weight_decay = number(group, "lr"), number(group, "weight_decay")
+        beta1, beta2 = pair(group, "betas")
+        return 1 - rate * weight_decay, 1 - beta1, 1 - beta2, rate
+
+    def update(
+        self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], scalars: Scalars
+    ) -> None:
+        """Decay, step by the sign, then the momentum."""
+        decay, weight1, weight2, rate = scalars
+        (exp_avg,) = state
+        if decay != 1.0:
+            param.mul_(decay)
+        param.add_(exp_avg.lerp(grad, weight1).sign_(), alpha=-rate)
+        exp_avg.lerp_(grad, weight2)
+
+
+class SGDRule:
+    """Heavy-ball momentum and coupled weight decay, as `torch.optim.SGD`."""
+
+    moments = (Moment("momentum_buffer"),)
+
+    def scalars(self, group: Mapping[str, object], step: int) -> Scalars:  # noqa: ARG002
+        """Weight decay, momentum and the learning rate."""
+        return tuple(number(group, name) for name in ("weight_decay", "momentum", "lr"))
+
+    def update(
+        self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], scalars: Scalars
+    ) -> None:
+        """The buffer starts at zero, which makes the first step PyTorch's."""
+        weight_decay, momentum, rate = scalars
+        (buffer,) = state
+        if weight_decay:
+            grad = grad.add(param, alpha=weight_decay)
+        buffer.mul_(momentum).add_(grad)
+        param.add_(buffer, alpha=-rate)
+
+
+def number(group: Mapping[str, object], name: str) -> float:
+    """A setting of a group as float; schedulers may store it as a tensor of one element."""
+    value = group[name]
+    return value.item() if isinstance(value, Tensor) else float(value)  # type: ignore[arg-type]
+
+
+def pair(group: Mapping[str, object], name: str) -> tuple[float, float]:
+    """A setting of a group that holds two floats."""
+    values = group[name]
+    if not isinstance(values, Sequence) or len(values) != 2:  # noqa: PLR2004
+        raise UsageError(f"{name}: two numbers expected, found {values!r}")
+    return float(values[0]), float(values[1])
