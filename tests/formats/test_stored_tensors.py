@@ -103,3 +103,19 @@ def test_parts_that_do_not_fit(
     damage(tensors)
     with pytest.raises(FormatError, match=words):
         listed(tensors, tmp_path)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("book", ["nf4", "int4_affine"])
+def test_plain_scales_and_zero_points(tmp_path: Path, book: str, double_quant: bool) -> None:
+    q = hb.quantize(torch.ones(33, 100), book, double_quant=double_quant)
+    (weight,) = listed(to_bitsandbytes("w", q), tmp_path)
+    assert weight.double_quantized == double_quant
+    assert format_bits([weight]) == q.bits_per_element
+    assert weight.to_json() == {
+        "name": "w",
+        "stored": book,
+        "shape": [33, 100],
+        "num_elements": 3300,
+        "bytes": weight.nbytes,
+    }

@@ -4,7 +4,7 @@ One float32 scale a block of 64 costs half a bit a weight. Stored as 8-bit codes
 mean, with one float32 a 256 scales, it costs 0.127 bits. Zero-points are treated likewise.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class DoubleQuantized:
     scales: Tensor
     offset: float
     block_size: int = NESTED_BLOCK_SIZE
-    codebook: Codebook = DYNAMIC_MAP
+    codebook: Codebook = field(default=DYNAMIC_MAP, repr=False)
 
     def __post_init__(self) -> None:
         problems = []
@@ -82,7 +82,8 @@ def double_quantize(scales: Tensor, *, block_size: int = NESTED_BLOCK_SIZE) -> D
         block_size: Scales that share a second-level scale.
 
     Raises:
-        FormatError: Not a float32 vector, or it holds a NaN or an infinity.
+        FormatError: Not a float32 vector, it holds a NaN or an infinity, its values are too far
+            apart for float32, or `block_size` is not positive.
 
     Error bound:
         |scale - decoded| <= absmax * 0.00704, absmax the largest |scale - mean| of the block: half
@@ -93,11 +94,18 @@ def double_quantize(scales: Tensor, *, block_size: int = NESTED_BLOCK_SIZE) -> D
     """
     if scales.dtype != torch.float32 or scales.dim() != 1:
         raise FormatError(f"scales: float32 [M] expected, found {describe(scales)}")
+    if block_size < 1:
+        raise FormatError(f"block_size: at least 1 expected, found {block_size}")
     require_finite(scales, "scales")
     offset = _mean(scales)
     codes, nested_scales = torch.ops.halfbyte.quantize_8bit(
         scales - offset, DYNAMIC_MAP.table(scales.device), block_size
     )
+    if not torch.isfinite(nested_scales).all():
+        raise FormatError(
+            "scales: differ by more than float32 holds from their mean",
+            hint="Store them without double quantization.",
+        )
     return DoubleQuantized(codes, nested_scales, offset.item(), block_size)
 
 
