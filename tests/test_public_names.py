@@ -15,6 +15,7 @@ PUBLIC = {
     "__version__",
     "attach",
     "double_quantize",
+    "load",
     "error_report",
     "linear",
     "optim",

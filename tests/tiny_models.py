@@ -1,13 +1,19 @@
 """Tiny random models of every family, made by transformers, which is their oracle."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import halfbyte as hb
+from halfbyte.formats.bitsandbytes_layout import quantization_config, to_bitsandbytes
+from halfbyte.formats.safetensors_file import SafetensorsFile
+from halfbyte.formats.safetensors_writer import write_safetensors
 from halfbyte.layers.weights import ResidentStore
 from halfbyte.models.config import parse_config
 from halfbyte.models.decoder import Decoder
@@ -114,3 +120,28 @@ def make_decoder(oracle: Any, dtype: torch.dtype = torch.float32) -> Decoder:
 def random_tokens(count: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, SIZES["vocab_size"], (count,), generator=generator)
+
+
+def save_directory(oracle: Any, directory: Path, *, four_bit: bool = False) -> Path:
+    """A model directory as transformers writes it, its linears in NF4 on request."""
+    oracle.save_pretrained(directory)
+    if not four_bit:
+        return directory
+    path = directory / "model.safetensors"
+    tensors: dict[str, Tensor] = {}
+    file = SafetensorsFile.open(path)
+    for name in file.entries:
+        tensor = file.read(name)
+        parts = to_bitsandbytes(name, hb.quantize(tensor)) if "_proj.weight" in name else None
+        tensors |= parts or {name: tensor}
+    write_safetensors(path, tensors, {"format": "pt"})
+    change_config(
+        directory,
+        quantization_config=quantization_config("nf4", block_size=64, double_quant=True),
+    )
+    return directory
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

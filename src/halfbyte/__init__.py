@@ -14,6 +14,7 @@ _HOMES = {
     "double_quantize": "halfbyte.formats.double_quantization",
     "error_report": "halfbyte.formats.error_report",
     "linear": "halfbyte.kernels.linear",
+    "load": "halfbyte.generation.model",
     "optim": "halfbyte.optim",
     "quantize": "halfbyte.formats.quantized_tensor",
 }
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from halfbyte.formats.error_report import error_report as error_report
     from halfbyte.formats.quantized_tensor import QuantizedTensor as QuantizedTensor
     from halfbyte.formats.quantized_tensor import quantize as quantize
+    from halfbyte.generation.model import load as load
     from halfbyte.kernels.linear import linear as linear
 
 

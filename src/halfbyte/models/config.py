@@ -12,8 +12,9 @@ from halfbyte.errors import FormatError
 from halfbyte.layers.activation import ACTIVATIONS
 from halfbyte.layers.rotary import RotarySpec
 from halfbyte.models.families import Family, Switch, find_family
-from halfbyte.models.fields import Fields, read_json_object
+from halfbyte.models.fields import Fields
 from halfbyte.models.rotary_config import parse_rotary
+from halfbyte.storage.json_file import read_json_object
 
 MAX_LAYERS, MAX_HEADS, MAX_FEATURES, MAX_VOCABULARY = 1024, 1024, 2**18, 2**22
 MAX_POSITIONS = 2**31 - 1
@@ -211,11 +212,12 @@ def _refuse_unsupported(fields: Fields) -> None:
     if fields.flag("use_bidirectional_attention", default=False):
         fields.fault("use_bidirectional_attention", "false (attention here is causal)")
     quantization = fields.nested("quantization_config")
-    if quantization is not None and (
-        quantization.text("quant_method") != "bitsandbytes"
-        or not quantization.flag("load_in_4bit", default=False)
-    ):
-        fields.fault("quantization_config", "bitsandbytes with load_in_4bit")
+    if quantization is None:
+        return
+    method = quantization.text("quant_method")
+    four_bit = quantization.flag("load_in_4bit", default=method == "halfbyte")
+    if method not in ("bitsandbytes", "halfbyte") or not four_bit:
+        fields.fault("quantization_config", "4 bits by bitsandbytes or halfbyte")
 
 
 def _notes(values: Mapping[str, object]) -> tuple[str, ...]:

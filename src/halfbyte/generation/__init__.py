@@ -1,0 +1,1 @@
+"""Talking: key-value cache, sampling, streaming, and the model object of `halfbyte.load`."""
