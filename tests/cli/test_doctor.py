@@ -55,6 +55,7 @@ def test_processor_and_memory(tmp_path: Path) -> None:
                 "proc/meminfo": MEMINFO,
                 "sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]\n",
                 "proc/driver/nvidia/version": "NVRM version: 999",
+                "proc/loadavg": "1.25 0.50 0.25 1/100 4242\n",
             },
         ),
         {"OMP_NUM_THREADS": "3", "HOME": "/"},
@@ -72,12 +73,14 @@ def test_processor_and_memory(tmp_path: Path) -> None:
     )
     assert machine.thread_variables == {"OMP_NUM_THREADS": "3"}
     assert machine.nvidia_driver
+    assert machine.load == 1.25
 
 
 def test_a_system_that_tells_nothing(tmp_path: Path) -> None:
     machine = read_machine(tmp_path, {})
     assert machine.cpu.features == ()
     assert machine.cpu.model
+    assert machine.load is None
     assert machine.memory == Memory(None, None, (), 0, 0, None)
 
 
@@ -154,6 +157,7 @@ HEALTHY_MACHINE = Machine(
     disks=(Disk("working directory", Path("/w"), 100 * GIB), Disk("cache", Path("/c"), 100 * GIB)),
     thread_variables={},
     nvidia_driver=False,
+    load=3.0,
 )
 HEALTHY_TORCH = Torch("2.13.0+cpu", "", None, (), 8)
 HEALTHY_SOFTWARE = Software(
@@ -225,6 +229,7 @@ PROBLEMS = [
     ("threads-malformed", "warning", with_machine(thread_variables={"MKL_NUM_THREADS": "0"}), S),
     ("threads-too-many", "warning", with_machine(thread_variables={"OMP_NUM_THREADS": "9"}), S),
     ("threads-few", "warning", with_machine(thread_variables={"OMP_NUM_THREADS": "1"}), S),
+    ("busy", "warning", with_machine(load=16.5), S),
     ("cpu-quota", "warning", with_cpu(quota=1.5), S),
 ]
 

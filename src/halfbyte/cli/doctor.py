@@ -79,6 +79,7 @@ def show_machine(output: Output, machine: Machine) -> None:
         ("system", machine.system),
         ("processor", f"{cpu.model}, {cpu.num_usable} usable{quota}"),
         ("features", " ".join(cpu.features) or "unknown"),
+        ("load", "unknown" if machine.load is None else f"{machine.load:g} in the last minute"),
         ("memory", f"{_size(memory.available)} available of {_size(memory.total)}"),
         ("huge pages", memory.hugepages or "unknown"),
         ("swap", f"{format_bytes(memory.swap_used)} used of {format_bytes(memory.swap_total)}"),

@@ -6,6 +6,7 @@ not tell (another operating system, a closed /proc) is None or empty, never a gu
 
 import os
 import platform
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ class Machine:
         disks: Working directory and cache.
         thread_variables: Environment variables that set a number of threads.
         nvidia_driver: Whether the driver of an NVIDIA GPU is loaded.
+        load: Threads that ran or wanted to, over the last minute; None where it is not known.
     """
 
     system: str
@@ -103,6 +105,7 @@ class Machine:
     disks: tuple[Disk, ...]
     thread_variables: Mapping[str, str]
     nvidia_driver: bool
+    load: float | None
 
 
 def read_machine(root: Path = Path("/"), environment: Mapping[str, str] | None = None) -> Machine:
@@ -120,6 +123,7 @@ def read_machine(root: Path = Path("/"), environment: Mapping[str, str] | None =
             name: environment[name] for name in THREAD_VARIABLES if name in environment
         },
         nvidia_driver=(root / "proc/driver/nvidia/version").exists(),
+        load=_load(root),
     )
 
 
@@ -192,6 +196,11 @@ def _control_groups(root: Path, controller: str) -> list[Path]:
             # Inside a container the path is that of the host, and the mount is the group itself.
             return [p for p in (inner, *inner.parents) if p.is_relative_to(mount) and p.is_dir()]
     return []
+
+
+def _load(root: Path) -> float | None:
+    first = _text(root / "proc/loadavg").partition(" ")[0]
+    return float(first) if re.fullmatch(r"\d+\.\d+", first) else None
 
 
 def _disk(purpose: str, path: Path) -> Disk:
