@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from halfbyte.data.formats import Format
 from halfbyte.data.options import DataOptions, Overlong
-from halfbyte.errors import UsageError
+from halfbyte.errors import HalfbyteError, UsageError
 
 BOS, EOS, USER, ASSISTANT, SYSTEM = 256, 257, 258, 259, 260
 ROLES = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
@@ -27,9 +27,8 @@ class ByteTokenizer:
     vocab_size: int = 261
     has_chat_template: bool = True
 
-    def encode(self, text: str, *, bos: bool | None = None) -> list[int]:
-        begin = [BOS] if bos or (bos is None and self.adds_bos) else []
-        return begin + list(text.encode())
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         names = {BOS: "<s>", EOS: "</s>", USER: "<user>", ASSISTANT: "<assistant>", SYSTEM: "<sys>"}
@@ -38,12 +37,17 @@ class ByteTokenizer:
         )
         return out.decode(errors="replace")
 
-    def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> Chat:
+    def encode_chats(
+        self, conversations: Sequence[Sequence[Mapping[str, object]]]
+    ) -> list[Chat | HalfbyteError]:
+        return [self._chat(messages) for messages in conversations]
+
+    def _chat(self, messages: Sequence[Mapping[str, object]]) -> Chat | HalfbyteError:
         ids: list[int] = [BOS] if self.adds_bos else []
         trained = [False] * len(ids)
         for message in messages:
             if message["role"] not in ROLES:
-                raise UsageError(f"role {message['role']!r} is not known to the template")
+                return UsageError(f"role {message['role']!r} is not known to the template")
             text = list(str(message["content"]).encode())
             ids += [ROLES[str(message["role"])], *text, EOS]
             trained += [False] + [message["role"] == "assistant"] * (len(text) + 1)

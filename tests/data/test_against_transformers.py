@@ -16,6 +16,7 @@ from halfbyte.data.packing import PackingOptions
 from halfbyte.data.read import load_dataset
 from halfbyte.data.sources import find_sources
 from halfbyte.data.steps import StepStream
+from halfbyte.errors import UsageError
 from halfbyte.text.tokenizer import Tokenizer
 from tiny_tokenizers import write_model
 
@@ -102,6 +103,13 @@ def test_raw_pairs(tmp_path: Path, kind: str) -> None:
         ids, labels = document(reading.dataset, number)
         assert ids == before + after
         assert labels[1:] == expected[1:]  # nothing predicts the first token
+
+
+def test_conversations_for_a_model_without_a_chat_template(tmp_path: Path) -> None:
+    ours = Tokenizer.load(write_model(tmp_path / "model", template=None))
+    path = write(tmp_path / "a.jsonl", [{"messages": as_messages(turns)} for turns in TURNS])
+    with pytest.raises(UsageError, match="has no chat template"):
+        load_dataset(path, ours, options())
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from halfbyte.data import text_files
 from halfbyte.data.dataset import Dataset
 from halfbyte.data.formats import Format
 from halfbyte.data.options import Overlong
-from halfbyte.data.read import Reading, load_dataset, read_dataset
+from halfbyte.data.read import load_dataset, read_dataset
+from halfbyte.data.reading import Reading
 from halfbyte.data.rows import Origin
 from halfbyte.data.store import StoreBuilder
 from halfbyte.errors import ConfigError, DataError, UnsafeArtifactError
@@ -128,13 +129,39 @@ def test_a_tokenizer_without_an_end(tmp_path: Path) -> None:
         read(tmp_path, [CHAT], ByteTokenizer(eos_ids=()))
 
 
-def test_an_unsafe_template_stops_with_the_row(tmp_path: Path) -> None:
+def test_an_unsafe_conversation_stops_with_its_row(tmp_path: Path) -> None:
     class Unsafe(ByteTokenizer):
-        def encode_chat(self, messages: object) -> None:  # type: ignore[override]
-            raise UnsafeArtifactError("it did not finish", hint="Use another.")
+        def encode_chats(self, conversations: object) -> list[object]:  # type: ignore[override]
+            return [UnsafeArtifactError("it did not finish", hint="Use another.")]
 
     with pytest.raises(UnsafeArtifactError, match=r"a\.jsonl:1: it did not finish"):
         read(tmp_path, [CHAT], Unsafe())
+
+
+def test_an_unsafe_template_stops_with_the_rows_it_was_given(tmp_path: Path) -> None:
+    class Unsafe(ByteTokenizer):
+        def encode_chats(self, conversations: object) -> list[object]:  # type: ignore[override]
+            raise UnsafeArtifactError("it did not finish", hint="Use another.")
+
+    with pytest.raises(UnsafeArtifactError, match=r"a\.jsonl:1 to a\.jsonl:3: it did not finish"):
+        read(tmp_path, [CHAT] * 3, Unsafe())
+
+
+def test_faults_keep_the_order_of_the_file_across_portions(tmp_path: Path) -> None:
+    rows: list[object] = [pair("p", "c")] * 700
+    faulty = {
+        3: 5,
+        200: pair("p", ""),
+        255: pair("\ud800", "x"),
+        256: CHAT,
+        257: "x",
+        699: pair("p", ""),
+    }
+    for place, row in faulty.items():
+        rows[place - 1] = row
+    reading = read(tmp_path, rows)
+    assert [int(problem.split(":")[1]) for problem in reading.problems.listed] == list(faulty)
+    assert len(reading.dataset) == 700 - len(faulty)
 
 
 LONG = [pair("p", "abcdefgh"), pair("p ", "ab"), pair("pqrstuvw", "ab")]
@@ -237,9 +264,9 @@ def test_reading_text_in_portions_changes_nothing(
     portions: list[str] = []
 
     class Recorder(ByteTokenizer):
-        def encode(self, text: str, *, bos: bool | None = None) -> list[int]:
-            portions.append(text)
-            return super().encode(text, bos=bos)
+        def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+            portions.extend(texts)
+            return super().encode_batch(texts)
 
     reading = read_dataset(tmp_path / "a.txt", Recorder(), options(max_length=1000))
     assert documents(reading.dataset)[0][0] == [*text.encode(), EOS]

@@ -205,3 +205,13 @@ def test_a_stream_gives_text_early_and_never_half_characters(tokenizers: list[To
     half = tokenizers[0].encode("日")[:1]
     assert [stream.push(i) for i in half] == [""]
     assert stream.finish() == "\ufffd"
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_many_texts_at_once_are_the_same(build: Build, kind: str) -> None:
+    tokenizer = Tokenizer.load(build(kind))
+    texts = ["the cat", "", "typed </s> token", "héé 日本", " sat\n\n", "the cat"]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text, bos=False) for text in texts]
+    assert tokenizer.encode_batch([]) == []
+    with pytest.raises(UsageError, match="surrogate"):
+        tokenizer.encode_batch(["fine", "\ud800"])

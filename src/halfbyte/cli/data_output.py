@@ -9,7 +9,7 @@ from halfbyte.cli.output import JsonValue, Output
 
 if TYPE_CHECKING:
     from halfbyte.data.packing import PackingOptions
-    from halfbyte.data.read import Reading
+    from halfbyte.data.reading import Reading
     from halfbyte.data.report import EpochShape, Run, Size
 
 BAR_WIDTH = 40

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from halfbyte.data.examples import Conversation, Document, Example, RawPair, TokenRow
 from halfbyte.data.problems import RowError
-from halfbyte.errors import DataError, FormatError, UsageError
+from halfbyte.errors import DataError, HalfbyteError
 
 
 class ChatTokens(Protocol):
@@ -43,11 +43,13 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int:
         """Token numbers are below it."""
 
-    def encode(self, text: str, *, bos: bool | None = None) -> list[int]:
-        """Tokens of a text, special tokens not recognised inside; no `bos_id` if `bos` is False."""
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[list[int]]:
+        """Tokens of each text, without `bos_id`, special tokens not recognised inside."""
 
-    def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> ChatTokens:
-        """A conversation through the model's chat template."""
+    def encode_chats(
+        self, conversations: Sequence[Sequence[Mapping[str, object]]]
+    ) -> Sequence[ChatTokens | HalfbyteError]:
+        """Conversations through the model's chat template, or what is wrong with one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,48 +81,70 @@ class Encoder:
         )
         self.end = [tokenizer.eos_ids[0]]
 
-    def encode(self, example: Example) -> Encoded:
-        """Tokens of an example.
+    def encode(self, examples: Sequence[Example]) -> list[Encoded | HalfbyteError]:
+        """Tokens of each example, or why the chat template or the vocabulary does not allow it.
 
         Raises:
-            RowError: The chat template or the vocabulary does not allow it.
+            UsageError: The model has no chat template, and an example needs it.
+            UnsafeArtifactError: The chat template exceeds its limits.
         """
-        match example:
-            case RawPair(prompt, completion):
-                # Apart, so that no token spans the place where the loss begins.
-                before = [*self.begin, *self.encode_text(prompt)]
-                after = [*self.encode_text(completion), *self.end]
-                trained = [self._train_on_prompt] * len(before) + [True] * len(after)
-                return Encoded([*before, *after], trained)
-            case Document(text):
-                ids = [*self.begin, *self.encode_text(text), *self.end]
-                return Encoded(ids, [True] * len(ids))
-            case TokenRow(ids, trained):
-                if (largest := max(ids)) >= self._tokenizer.vocab_size:
-                    raise RowError(
-                        f"token {largest} is not in the model's vocabulary of "
-                        f"{self._tokenizer.vocab_size}: made with another tokenizer?"
-                    )
-                return self._checked(ids, trained)
-            case Conversation(messages):
-                return self._conversation(messages)
+        texts = dict.fromkeys(text for example in examples for text in _texts(example))
+        tokens = dict(zip(texts, self._tokenizer.encode_batch(list(texts)), strict=True))
+        conversations = [one.messages for one in examples if isinstance(one, Conversation)]
+        chats = iter(self._tokenizer.encode_chats(conversations) if conversations else ())
+        results: list[Encoded | HalfbyteError] = []
+        for example in examples:
+            match example:
+                case RawPair(prompt, completion):
+                    results.append(self._pair(tokens[prompt], tokens[completion]))
+                case Document(text):
+                    ids = [*self.begin, *tokens[text], *self.end]
+                    results.append(Encoded(ids, [True] * len(ids)))
+                case TokenRow():
+                    results.append(self._token_row(example))
+                case Conversation():
+                    results.append(self._conversation(next(chats)))
+        return results
 
     def encode_text(self, text: str) -> list[int]:
         """Tokens of a part of a longer text: nothing is put before or after them."""
-        return self._tokenizer.encode(text, bos=False)
+        return self._tokenizer.encode_batch([text])[0]
 
-    def _conversation(self, messages: Sequence[Mapping[str, object]]) -> Encoded:
-        try:
-            tokens = self._tokenizer.encode_chat(messages)
-        except (UsageError, FormatError) as error:
-            raise RowError(error.message) from error
-        if self._train_on_prompt:
-            return self._checked(tokens.ids, [True] * len(tokens.ids))
-        return self._checked(tokens.ids, tokens.trained)
+    def _pair(self, prompt: list[int], completion: list[int]) -> Encoded:
+        before = [*self.begin, *prompt]
+        after = [*completion, *self.end]
+        trained = [self._train_on_prompt] * len(before) + [True] * len(after)
+        return Encoded([*before, *after], trained)
 
-    def _checked(self, ids: Sequence[int], trained: Sequence[bool]) -> Encoded:
+    def _token_row(self, row: TokenRow) -> Encoded | RowError:
+        if (largest := max(row.ids)) >= self._tokenizer.vocab_size:
+            return RowError(
+                f"token {largest} is not in the model's vocabulary of "
+                f"{self._tokenizer.vocab_size}: made with another tokenizer?"
+            )
+        return self._checked(row.ids, row.trained)
+
+    def _conversation(self, tokens: ChatTokens | HalfbyteError) -> Encoded | HalfbyteError:
+        if isinstance(tokens, HalfbyteError):
+            return tokens
+        trained = [True] * len(tokens.ids) if self._train_on_prompt else tokens.trained
+        return self._checked(tokens.ids, trained)
+
+    def _checked(self, ids: Sequence[int], trained: Sequence[bool]) -> Encoded | RowError:
         bos = self._tokenizer.bos_id
         # Only where BOS stands for nothing else: some models open every chat turn with it.
         if self._tokenizer.adds_bos and len(ids) > 1 and ids[0] == ids[1] == bos:
-            raise RowError("two begin-of-text tokens at its start")
+            return RowError("two begin-of-text tokens at its start")
         return Encoded(ids, trained)
+
+
+def _texts(example: Example) -> Sequence[str]:
+    """What is tokenized without a template."""
+    match example:
+        case RawPair(prompt, completion):
+            # Apart, so that no token spans the place where the loss begins.
+            return prompt, completion
+        case Document(text):
+            return (text,)
+        case _:
+            return ()

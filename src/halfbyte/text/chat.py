@@ -13,7 +13,7 @@ rendering again with small changes, and checked:
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from halfbyte.text.tokenizer import Tokenizer
 
 MAX_DEPTH = 32
+MAX_TOGETHER = 1 << 20
+"""Characters of the messages that are sent for rendering at once."""
 _BEGIN, _END = secret_name(), secret_name()
 _MARKERS = re.compile(f"{_BEGIN}|{_END}")
 
@@ -44,6 +46,9 @@ class ChatTokens:
     trained: list[bool]
 
 
+_Encoding = Generator[list[Rendering], list[str | HalfbyteError], ChatTokens]
+
+
 def encode_chat(
     tokenizer: "Tokenizer", messages: Sequence[Message], *, add_generation_prompt: bool
 ) -> ChatTokens:
@@ -60,6 +65,68 @@ def encode_chat(
         UnsafeArtifactError: The template exceeds its limits, or a message and the template
             together spell a special token.
     """
+    encoding = _encoding(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+    texts = tokenizer.chat_template.try_render(next(encoding))
+    return _finish(encoding, texts)
+
+
+def encode_chats(
+    tokenizer: "Tokenizer", conversations: Sequence[Sequence[Message]]
+) -> list[ChatTokens | HalfbyteError]:
+    """The same for many conversations, rendered together; a faulty one gives its error.
+
+    Raises:
+        UsageError: There is no chat template.
+        UnsafeArtifactError: The template exceeds its limits.
+    """
+    results: dict[int, ChatTokens | HalfbyteError] = {}
+    pending: list[tuple[int, _Encoding, list[Rendering]]] = []
+    size = 0
+    for place, messages in enumerate(conversations):
+        encoding = _encoding(tokenizer, messages, add_generation_prompt=False)
+        try:
+            renderings = next(encoding)
+        except HalfbyteError as error:
+            results[place] = error
+            continue
+        own = sum(len(str(m)) for rendering in renderings for m in rendering.messages)
+        if size + own > MAX_TOGETHER:
+            results |= _finish_all(tokenizer, pending)
+            pending, size = [], 0
+        pending.append((place, encoding, renderings))
+        size += own
+    results |= _finish_all(tokenizer, pending)
+    return [results[place] for place in range(len(conversations))]
+
+
+def _finish_all(
+    tokenizer: "Tokenizer", pending: Sequence[tuple[int, _Encoding, list[Rendering]]]
+) -> dict[int, ChatTokens | HalfbyteError]:
+    together = [one for _, _, renderings in pending for one in renderings]
+    texts = iter(tokenizer.chat_template.try_render(together) if together else ())
+    results: dict[int, ChatTokens | HalfbyteError] = {}
+    for place, encoding, renderings in pending:
+        own = [next(texts) for _ in renderings]
+        try:
+            results[place] = _finish(encoding, own)
+        except HalfbyteError as error:
+            results[place] = error
+    return results
+
+
+def _finish(encoding: _Encoding, texts: list[str | HalfbyteError]) -> ChatTokens:
+    try:
+        encoding.send(texts)
+    except StopIteration as done:
+        tokens: ChatTokens = done.value
+        return tokens
+    raise AssertionError("an encoding asks for renderings once")
+
+
+def _encoding(
+    tokenizer: "Tokenizer", messages: Sequence[Message], *, add_generation_prompt: bool
+) -> _Encoding:
+    """Asks for renderings, is sent their texts, and returns the ids."""
     special = tokenizer.special
     plain = visible_messages(messages, special)
     marked = [_marked(message) for message in plain]
@@ -69,7 +136,7 @@ def encode_chat(
         Rendering(marked, add_generation_prompt),
         *(Rendering(plain[:i], flag) for i in answers for flag in (False, True)),
     ]
-    text, with_markers, *before = tokenizer.chat_template.try_render(renderings)
+    text, with_markers, *before = yield renderings
     if isinstance(text, HalfbyteError):
         raise text
     if isinstance(with_markers, HalfbyteError):

@@ -14,8 +14,8 @@ from pathlib import Path
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
-from halfbyte.errors import FormatError, UsageError
-from halfbyte.text.chat import ChatTokens, encode_chat, visible_messages
+from halfbyte.errors import FormatError, HalfbyteError, UsageError
+from halfbyte.text.chat import ChatTokens, encode_chat, encode_chats, visible_messages
 from halfbyte.text.decode_stream import DecodeStream
 from halfbyte.text.special_tokens import SpecialTokens
 from halfbyte.text.template import ChatTemplate, Message
@@ -93,6 +93,21 @@ class Tokenizer:
             if ids[:1] != [self.bos_id]:
                 ids.insert(0, self.bos_id)
         return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of many texts as by `encode(text, bos=False)`, on all processors.
+
+        Raises:
+            UsageError: A text holds half a surrogate pair.
+        """
+        for text in texts:
+            _require_encodable(text)
+        plain = [text for text in texts if not self.special.pattern.search(text)]
+        encoded = iter(self._backend.encode_batch_fast(plain, add_special_tokens=False))
+        return [
+            self.encode(text, bos=False) if self.special.pattern.search(text) else next(encoded).ids
+            for text in texts
+        ]
 
     def encoding(self, text: str, *, allow_special: bool) -> Encoding:
         """Ids and character offsets, without a bos token."""
@@ -175,6 +190,12 @@ class Tokenizer:
     ) -> ChatTokens:
         """The ids of a conversation; see `text.chat`."""
         return encode_chat(self, messages, add_generation_prompt=add_generation_prompt)
+
+    def encode_chats(
+        self, conversations: Sequence[Sequence[Message]]
+    ) -> list[ChatTokens | HalfbyteError]:
+        """The ids of many conversations, or what is wrong with one; several times as fast."""
+        return encode_chats(self, conversations)
 
     @cached_property
     def fingerprint(self) -> str:
