@@ -20,6 +20,7 @@ PUBLIC = {
     "linear",
     "optim",
     "quantize",
+    "quantize_model",
 }
 
 

@@ -17,6 +17,7 @@ _HOMES = {
     "load": "halfbyte.generation.model",
     "optim": "halfbyte.optim",
     "quantize": "halfbyte.formats.quantized_tensor",
+    "quantize_model": "halfbyte.models.quantize_model",
 }
 """Public name -> the module that defines it, or is it, imported when the name is first used."""
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from halfbyte.formats.quantized_tensor import quantize as quantize
     from halfbyte.generation.model import load as load
     from halfbyte.kernels.linear import linear as linear
+    from halfbyte.models.quantize_model import quantize_model as quantize_model
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  (PEP 562 fixes the signature)

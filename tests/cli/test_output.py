@@ -68,7 +68,7 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(
     with progress.show_progress("quantizing", 4) as advance:
         for _ in range(4):
             advance(1)
-    assert capsys.readouterr().err == "quantizing: 50%\nquantizing: 100%\n"
+    assert capsys.readouterr().err == "quantizing: 50%, 11 s left\nquantizing: 100%, 0 s left\n"
 
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +78,13 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
         advance(4)
     assert "quantizing" in terminal.getvalue()
     assert "100%" in terminal.getvalue()
+
+
+def test_progress_in_bytes_says_how_many(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 10.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.show_progress("quantizing", 4 << 20, in_bytes=True) as advance:
+        advance(1 << 20)
+    assert capsys.readouterr().err == "quantizing: 25%, 1.0 MiB of 4.0 MiB, 30 s left\n"

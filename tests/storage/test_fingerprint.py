@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbyte.errors import UnsupportedError
-from halfbyte.storage.fingerprint import fingerprint_tensors
+from halfbyte.errors import UnsupportedError, UsageError
+from halfbyte.storage.fingerprint import Fingerprint, fingerprint_tensors
 
 
 def number(*values: int) -> bytes:
@@ -75,3 +75,18 @@ def test_big_endian_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "byteorder", "big")
     with pytest.raises(UnsupportedError, match="little-endian"):
         fingerprint_tensors(BASE)
+
+
+def test_tensors_may_come_one_at_a_time_in_order() -> None:
+    a, b = torch.zeros(2), torch.ones(3)
+    stepwise = Fingerprint(2)
+    with pytest.raises(UsageError, match="2 tensors are missing"):
+        stepwise.hexdigest()
+    stepwise.add("a", a)
+    for name in ("a", "A"):
+        with pytest.raises(UsageError, match="out of order"):
+            stepwise.add(name, b)
+    stepwise.add("b", b)
+    assert stepwise.hexdigest() == fingerprint_tensors({"b": b, "a": a})
+    with pytest.raises(UsageError, match="one too many"):
+        stepwise.add("c", a)

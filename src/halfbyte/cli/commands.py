@@ -20,6 +20,9 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command(
         "halfbyte.cli.doctor", "Check this machine and say how to fix what is wrong."
     ),
+    "quantize": Command(
+        "halfbyte.cli.quantize", "Turn any model into a 4-bit model directory, in bounded memory."
+    ),
     "inspect": Command(
         "halfbyte.cli.inspect", "Explain a model, adapter or run without loading it."
     ),

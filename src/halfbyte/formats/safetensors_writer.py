@@ -7,6 +7,7 @@ is known only once they are written (JSON inside a tensor) may come late, after 
 
 import json
 import math
+import os
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -126,6 +127,13 @@ class SafetensorsWriter:
         self._file.seek(self._begins[name])
         self._file.write(_bytes_of(tensor))
         self._missing.remove(name)
+
+    def sync(self) -> None:
+        """Have the disk catch up with what was written; may run in a thread beside `write`.
+
+        Then the sync at the end finds little left to do.
+        """
+        os.fdatasync(self._file.fileno())
 
     def _keep(self, name: str, tensor: Tensor) -> None:
         if tensor.dtype != torch.uint8 or tensor.dim() != 1 or tensor.numel() > MAX_LATE_BYTES:
