@@ -54,6 +54,7 @@ def test_check_as_json(run: Run, data: Path) -> None:
     train, held_out = record["sizes"]["train"], record["sizes"]["eval"]
     assert train["num_documents"] + held_out["num_documents"] == 12
     assert held_out["num_documents"] == 3
+    assert record["num_eval_prompts_trained_on"] == 0
     # A row is 3 bytes of prompt, its answer, and the end; targets are the answer and the end.
     assert train["num_targets"] + held_out["num_targets"] == sum(range(1, 13)) + 12
     assert train["num_tokens"] - train["num_targets"] == 3 * train["num_documents"]
@@ -69,6 +70,9 @@ def test_check_of_data_for_evaluation(run: Run, data: Path, tmp_path: Path) -> N
     record = json.loads(out)
     assert [size["num_documents"] for size in record["sizes"].values()] == [12, 1]
     assert len(record["data"]) == 2
+    assert record["num_eval_prompts_trained_on"] == 1
+    _, out, _ = run("check", data, "--eval", tmp_path / "b.jsonl")
+    assert "1 of 1 documents for evaluation have a prompt that is also trained on" in out
 
 
 def test_check_lists_problems_and_fails(run: Run, data: Path) -> None:

@@ -17,6 +17,11 @@ from halfbyte.cli.output import JsonValue, current_output
 from halfbyte.cli.parsing import example, new_app
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from halfbyte.data.dataset import Dataset
+    from halfbyte.data.packing import PackingOptions
+    from halfbyte.data.reading import Reading
     from halfbyte.training.config import Config
 
 app = new_app()
@@ -77,8 +82,8 @@ def check(
 
     The exit code is 1 when a row cannot be used.
     """
-    from halfbyte.data.dataset import split_by_prompt
-    from halfbyte.data.packing import PackingOptions, require_fitting
+    from halfbyte.data.dataset import num_with_shared_prompts
+    from halfbyte.data.packing import require_fitting
     from halfbyte.data.read import read_dataset
     from halfbyte.data.report import measure, shape_epoch
     from halfbyte.errors import UsageError
@@ -102,30 +107,23 @@ def check(
             "training.micro_batch_tokens": micro_batch_tokens,
         },
     )
-    options = data_options(config.data)
-    output = current_output()
-    tokenizer = Tokenizer.load(model)
-    locations = [data] if evaluation is None else [data, evaluation]
-    readings = [read_dataset(location, tokenizer, options) for location in locations]
-    for location, reading in zip(locations, readings, strict=True):
-        show_reading(output, location, reading)
-    parts = {"train": readings[0].dataset}
-    if evaluation is not None:
-        parts["eval"] = readings[1].dataset
-    elif config.data.eval_fraction and len(parts["train"]):
-        parts["train"], parts["eval"] = split_by_prompt(parts["train"], config.data.eval_fraction)
-    sizes = {name: measure(part) for name, part in parts.items() if len(part)}
-    epoch = None
-    if sizes:
-        show_sizes(output, sizes)
-    if len(parts["train"]):
-        budget = config.training.tokens_per_step
-        packing = PackingOptions(
-            tokens_per_step=budget,
-            micro_batch_tokens=config.training.micro_batch_tokens or budget,
-            seed=config.training.seed,
-            group_by_length=config.data.group_by_length,
+    output, tokenizer = current_output(), Tokenizer.load(model)
+    readings = []
+    for location in [data] if evaluation is None else [data, evaluation]:
+        readings.append(read_dataset(location, tokenizer, data_options(config.data)))
+        show_reading(output, location, readings[-1])
+    parts = _parts(readings, config)
+    sizes = {name: measure(part) for name, part in parts.items()}
+    num_shared = num_with_shared_prompts(parts["eval"], parts["train"]) if len(parts) > 1 else 0
+    show_sizes(output, sizes)
+    if num_shared:
+        output.text(
+            f"  note: {num_shared} of {len(parts['eval'])} documents for evaluation have a prompt "
+            "that is also trained on"
         )
+    epoch = None
+    if "train" in parts:
+        packing = _packing(config)
         require_fitting(parts["train"], packing)
         epoch = shape_epoch(parts["train"], packing)
         show_epoch(output, packing, epoch)
@@ -134,6 +132,7 @@ def check(
         {
             "data": [reading_record(reading) for reading in readings],
             "sizes": {name: asdict(size) for name, size in sizes.items()},
+            "num_eval_prompts_trained_on": num_shared,
             "epoch": None if epoch is None else asdict(epoch),
             "num_problems": num_problems,
         }
@@ -206,4 +205,28 @@ def _config(model: Path, data: str, flags: dict[str, object]) -> "Config":
 
     return load_config(
         flags={"model": str(model), "data.train": data, "output.dir": "none", **flags}
+    )
+
+
+def _parts(readings: "Sequence[Reading]", config: "Config") -> "dict[str, Dataset]":
+    """What a run would train on and evaluate, by name; a part without documents is left out."""
+    from halfbyte.data.dataset import split_by_prompt
+
+    names = ("train", "eval")
+    parts = {name: one.dataset for name, one in zip(names, readings, strict=False)}
+    if len(readings) == 1 and config.data.eval_fraction and len(parts["train"]):
+        split = split_by_prompt(parts["train"], config.data.eval_fraction)
+        parts = dict(zip(names, split, strict=True))
+    return {name: part for name, part in parts.items() if len(part)}
+
+
+def _packing(config: "Config") -> "PackingOptions":
+    from halfbyte.data.packing import PackingOptions
+
+    budget = config.training.tokens_per_step
+    return PackingOptions(
+        tokens_per_step=budget,
+        micro_batch_tokens=config.training.micro_batch_tokens or budget,
+        seed=config.training.seed,
+        group_by_length=config.data.group_by_length,
     )

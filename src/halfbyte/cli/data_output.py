@@ -40,6 +40,8 @@ def show_reading(output: Output, location: str, reading: "Reading") -> None:
 
 def show_sizes(output: Output, sizes: Mapping[str, "Size"]) -> None:
     """Print tokens, targets and lengths of each part."""
+    if not sizes:
+        return
     output.heading("Tokens")
     columns = ["", "documents", "duplicates", "tokens", "targets", "mean", "median", "90 %", "99 %"]
     rows = [

@@ -26,6 +26,7 @@ REQUIRED = (
     "typer",
 )
 OPTIONAL = {
+    "pyarrow": "reads Parquet data",
     "transformers": "converts unusual tokenizers",
     "triton": "kernels for GPUs",
 }

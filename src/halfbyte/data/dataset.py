@@ -69,6 +69,12 @@ class Dataset:
         return len(self) - len(np.unique(self.store.row_digests[self.index]))
 
 
+def num_with_shared_prompts(held_out: Dataset, train: Dataset) -> int:
+    """Documents that are held out although the training data has their prompt."""
+    left = held_out.store.prompt_digests[held_out.index]
+    return int(np.isin(left, train.store.prompt_digests[train.index]).sum())
+
+
 def split_by_prompt(dataset: Dataset, eval_fraction: float) -> tuple[Dataset, Dataset]:
     """Divide into training and evaluation, documents that share a prompt on the same side.
 
