@@ -1,0 +1,79 @@
+"""What is trained: an adapter on a 4-bit base, an adapter on a 16-bit base, or all weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halfbyte.adapters.training import TrainableAdapter, attach_new_adapter
+from halfbyte.errors import ConfigError
+from halfbyte.formats.quantized_tensor import QuantizedTensor
+from halfbyte.models.decoder import Decoder
+from halfbyte.models.layout import layout_of
+from halfbyte.models.load import load_decoder
+from halfbyte.models.trainable_store import TrainableStore
+from halfbyte.training.config import Config
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainedModel:
+    """A decoder and the part of it that is trained.
+
+    Attributes:
+        decoder: Runs with what is trained.
+        parameters: What is trained, float32, by name.
+        adapter: The adapter; None for the method `full`.
+        store: All weights, for the method `full`; else None.
+    """
+
+    decoder: Decoder
+    parameters: dict[str, Tensor]
+    adapter: TrainableAdapter | None
+    store: TrainableStore | None
+
+    def refresh(self) -> None:
+        """Let the decoder see what changed in the parameters."""
+        if self.store is not None:
+            self.store.refresh()
+
+
+def open_trained_model(config: Config) -> TrainedModel:
+    """Open the base of a run and attach what its method trains.
+
+    Raises:
+        ConfigError: The model's storage does not fit the method, or `lora` not the model.
+        MissingFileError: There is no such model.
+        FormatError: The model directory is damaged.
+    """
+    method = config.training.method
+    compute_dtype = COMPUTE_DTYPES[config.training.compute_dtype]
+    decoder = load_decoder(Path(config.model), compute_dtype=compute_dtype)
+    _require_storage(decoder, config)
+    if method == "full":
+        weights = {ref.name: decoder.store.acquire(ref) for ref in layout_of(decoder.config).refs()}
+        store = TrainableStore(weights, compute_dtype)
+        trained = Decoder(decoder.config, store, compute_dtype=compute_dtype)
+        return TrainedModel(trained, store.masters, None, store)
+    adapter = attach_new_adapter(decoder, config.lora, config.training.seed)
+    return TrainedModel(decoder, adapter.parameters, adapter, None)
+
+
+def _require_storage(decoder: Decoder, config: Config) -> None:
+    in_4_bits = any(
+        isinstance(decoder.store.acquire(linear.weight), QuantizedTensor)
+        for linear in decoder.linears.values()
+    )
+    method = config.training.method
+    if method == "qlora" and not in_4_bits:
+        raise ConfigError(
+            f"training.method qlora needs a 4-bit base; {config.model} is not quantized",
+            hint=f"Quantize it once: halfbyte quantize {config.model} {config.model}-nf4",
+        )
+    if method != "qlora" and in_4_bits:
+        raise ConfigError(
+            f"training.method {method} needs weights of 16 bits or more; {config.model} has 4",
+            hint="Name the model it was quantized from, or use training.method=qlora.",
+        )

@@ -1,0 +1,170 @@
+"""A run from its config, or from where it stopped, to its result."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from halfbyte.errors import MissingFileError, StorageError
+from halfbyte.kernels.backends import cpu_isa
+from halfbyte.storage.lock import lock_directory
+from halfbyte.text.tokenizer import Tokenizer
+from halfbyte.training.checkpoint import list_checkpoints, newest_valid
+from halfbyte.training.choices import Choices
+from halfbyte.training.config import Config
+from halfbyte.training.config_file import load_config, write_config
+from halfbyte.training.export import export_result, provenance
+from halfbyte.training.interruption import listen_for_stop
+from halfbyte.training.loss_plot import plot_losses
+from halfbyte.training.methods import TrainedModel, open_trained_model
+from halfbyte.training.metrics import METRICS_FILE
+from halfbyte.training.plan import choose
+from halfbyte.training.progress import Observer, Silent
+from halfbyte.training.run_data import RunData, open_run_data
+from halfbyte.training.session import Session, open_session
+from halfbyte.training.trainer import Ending, Outcome, Trainer
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run ended and what it left.
+
+    Attributes:
+        directory: Of the run.
+        outcome: Why it ended, after which step, how well.
+        result: The adapter or model directory; None when the run was stopped before its end.
+    """
+
+    directory: Path
+    outcome: Outcome
+    result: Path | None
+
+
+def train(config: Config, observer: Observer | None = None) -> RunResult:
+    """Start a run.
+
+    Raises:
+        StorageError: The run directory holds a run already, or is in use, or the disk is full.
+        ConfigError, DataError, FormatError, MissingFileError: Before any compute.
+        TrainingError: A step was not finite and `training.on_nan` is `stop`.
+    """
+    directory = Path(config.output.dir)
+    if (directory / CONFIG_FILE).exists():
+        raise StorageError(
+            f"{directory} holds a run already",
+            hint=f"Continue it: halfbyte resume {directory}. Or choose another output.dir.",
+        )
+    config = _with_absolute_paths(config)
+    with _opened(config, directory) as (tokenizer, data, model):
+        write_config(config, directory / CONFIG_FILE)
+        return _finish(_begin(config, directory, model, data), tokenizer, data, observer)
+
+
+def resume(directory: str | Path, observer: Observer | None = None) -> RunResult:
+    """Take a run up again behind its newest valid checkpoint, with the same results.
+
+    Raises:
+        MissingFileError: There is no run.
+        StorageError: Another process works on it.
+        DataError: The data has changed.
+    """
+    directory = Path(directory)
+    if not (directory / CONFIG_FILE).is_file():
+        raise MissingFileError(f"{directory}: no run is here: it has no {CONFIG_FILE}")
+    config = load_config(directory / CONFIG_FILE)
+    with _opened(config, directory) as (tokenizer, data, model):
+        session = _begin(config, directory, model, data, observer or Silent())
+        return _finish(session, tokenizer, data, observer)
+
+
+@contextlib.contextmanager
+def _opened(config: Config, directory: Path) -> Iterator[tuple[Tokenizer, RunData, TrainedModel]]:
+    """All inputs, checked before the run directory is touched; then the directory, locked."""
+    tokenizer = Tokenizer.load(config.model)
+    model = open_trained_model(config)
+    data = open_run_data(config, tokenizer)
+    directory.mkdir(parents=True, exist_ok=True)
+    with lock_directory(directory):
+        yield tokenizer, data, model
+
+
+def _begin(
+    config: Config,
+    directory: Path,
+    model: TrainedModel,
+    data: RunData,
+    observer: Observer | None = None,
+) -> Session:
+    choices = Choices.read(directory)
+    if choices is None:
+        choices = choose(config, model, data)
+        choices.write(directory)
+    torch.set_num_threads(choices.num_threads)
+    checkpoint, skipped = newest_valid(directory)
+    if observer is not None:
+        for entry in skipped:
+            observer.noted(f"passed over {entry.path}: {entry.reason}")
+        if checkpoint is None:
+            observer.noted("no checkpoint to resume from: starting at step 0")
+        if choices.kernels != cpu_isa():
+            observer.noted(
+                f"begun with {choices.kernels} kernels, going on with {cpu_isa()}: "
+                "results will differ from an uninterrupted run by rounding"
+            )
+    return open_session(config, directory, model, data, choices, checkpoint)
+
+
+def _finish(
+    session: Session, tokenizer: Tokenizer, data: RunData, observer: Observer | None
+) -> RunResult:
+    observer = observer or Silent()
+    observer.started(_summary(session, data))
+    with listen_for_stop() as stop:
+        outcome = Trainer(session, observer, stop).run()
+    if outcome.ending is Ending.STOPPED:
+        return RunResult(session.directory, outcome, None)
+    origin = provenance(session.config, tokenizer, data, outcome.step)
+    result = export_result(session.model, session.config, session.directory, origin)
+    plot_losses(session.directory / METRICS_FILE, session.directory / "loss.png")
+    return RunResult(session.directory, outcome, result)
+
+
+def _summary(session: Session, data: RunData) -> dict[str, object]:
+    parameters = session.model.parameters.values()
+    return {
+        "model": session.config.model,
+        "method": session.config.training.method,
+        "num_trained": sum(parameter.numel() for parameter in parameters),
+        "num_documents": len(data.train),
+        "num_tokens": data.train.num_tokens,
+        "num_held_out": 0 if data.held_out is None else len(data.held_out),
+        "first_step": session.counters.step + 1,
+        "num_steps": session.schedule.num_steps,
+        "micro_batch_tokens": session.choices.micro_batch_tokens,
+        "recompute": session.choices.recompute,
+        "notices": list(data.notices),
+        "checkpoints": [str(path) for path in list_checkpoints(session.directory)],
+    }
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """The config as a resume from anywhere needs it."""
+    section = config.data
+    paths = {
+        name: str(Path(value).absolute())
+        for name in ("train", "eval")
+        if (value := getattr(section, name)) is not None
+    }
+    return config.model_copy(
+        update={
+            "model": str(Path(config.model).absolute()),
+            "data": section.model_copy(update=paths),
+            "output": config.output.model_copy(
+                update={"dir": str(Path(config.output.dir).absolute())}
+            ),
+        }
+    )

@@ -1,0 +1,175 @@
+"""What a run works with, and the part of it that a checkpoint holds."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from halfbyte.data.dataset import Dataset
+from halfbyte.data.packing import PackingOptions
+from halfbyte.data.steps import StepStream
+from halfbyte.errors import FormatError
+from halfbyte.optim.factory import make_optimizer, weight_decay_groups
+from halfbyte.optim.optimizer import StatefulOptimizer
+from halfbyte.training.checkpoint import Checkpoint
+from halfbyte.training.choices import Choices
+from halfbyte.training.config import Config
+from halfbyte.training.loss_scale import LossScale
+from halfbyte.training.methods import TrainedModel
+from halfbyte.training.run_data import RunData
+from halfbyte.training.schedule import Schedule
+
+
+@dataclass(slots=True)
+class Counters:
+    """Where a run stands after a step.
+
+    Attributes:
+        step: Optimizer steps taken, left-out ones included.
+        num_tokens: That went through the model.
+        num_targets: That were learned from.
+        best_loss: Of all evaluations.
+        num_worse: Evaluations since the best one.
+    """
+
+    step: int = 0
+    num_tokens: int = 0
+    num_targets: int = 0
+    best_loss: float | None = None
+    num_worse: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """A run in memory.
+
+    Attributes:
+        config: Resolved.
+        directory: Of the run.
+        model: Decoder and what is trained.
+        optimizer: Over what is trained.
+        stream: Steps of training data; its position is part of checkpoints.
+        held_out: Evaluation data, or None.
+        schedule: Of the learning rate; knows the number of steps.
+        choices: Fixed for all of the run.
+        counters: Where the run stands.
+        loss_scale: For fp16.
+    """
+
+    config: Config
+    directory: Path
+    model: TrainedModel
+    optimizer: StatefulOptimizer
+    stream: StepStream
+    held_out: Dataset | None
+    schedule: Schedule
+    choices: Choices
+    counters: Counters = field(default_factory=Counters)
+    loss_scale: LossScale = field(default_factory=LossScale)
+
+    def snapshot(self, position: Mapping[str, int | str]) -> Checkpoint:
+        """The state after the last complete step.
+
+        Args:
+            position: Of the stream behind that step.
+        """
+        return Checkpoint(
+            step=self.counters.step,
+            trained={name: tensor.detach() for name, tensor in self.model.parameters.items()},
+            optimizer=self.optimizer.state_tensors(),
+            state={
+                "counters": asdict(self.counters),
+                "loss_scale": asdict(self.loss_scale),
+                "position": dict(position),
+            },
+        )
+
+
+def open_session(
+    config: Config,
+    directory: Path,
+    model: TrainedModel,
+    data: RunData,
+    choices: Choices,
+    checkpoint: Checkpoint | None = None,
+) -> Session:
+    """Everything a run needs, at its beginning or where a checkpoint stands.
+
+    Raises:
+        DataError: No document fits the micro-batches, or the data changed since the checkpoint.
+        FormatError: The checkpoint is of other parameters.
+    """
+    training, settings = config.training, config.optimizer
+    options = PackingOptions(
+        tokens_per_step=training.tokens_per_step,
+        micro_batch_tokens=choices.micro_batch_tokens,
+        seed=training.seed,
+        group_by_length=config.data.group_by_length,
+    )
+    optimizer = make_optimizer(
+        settings.name,
+        [dict(g) for g in weight_decay_groups(model.parameters.items(), training.weight_decay)],
+        fast_bytes=settings.fast_bytes,
+        lr=training.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+    )
+    stream = StepStream(data.train, options)
+    schedule = Schedule.from_ratio(
+        training.scheduler, count_steps(config, stream), training.warmup_ratio
+    )
+    session = Session(config, directory, model, optimizer, stream, data.held_out, schedule, choices)
+    session.loss_scale = LossScale.for_dtype(training.compute_dtype)
+    if checkpoint is not None:
+        _restore(session, checkpoint, data, options)
+    return session
+
+
+def count_steps(config: Config, stream: StepStream) -> int:
+    """Steps of the whole run: `max_steps`, or those of `num_epochs`, rounded up."""
+    if config.training.max_steps is not None:
+        return config.training.max_steps
+    whole, part = divmod(config.training.num_epochs, 1)
+    steps = stream.total_steps(int(whole))
+    return steps + -int(-part * stream.num_steps(int(whole)) // 1) if part else steps
+
+
+def _restore(
+    session: Session, checkpoint: Checkpoint, data: RunData, options: PackingOptions
+) -> None:
+    parameters = session.model.parameters
+    _require_same_parameters(session, checkpoint)
+    with torch.no_grad():
+        for name, tensor in parameters.items():
+            tensor.copy_(checkpoint.trained[name])
+    session.model.refresh()
+    session.optimizer.load_state_tensors(checkpoint.optimizer)
+    sections = {
+        name: section
+        for name in ("counters", "loss_scale", "position")
+        if isinstance(section := checkpoint.state.get(name), dict)
+    }
+    try:
+        session.counters = Counters(**sections["counters"])
+        session.loss_scale = LossScale(**sections["loss_scale"])
+        position = sections["position"]
+    except (KeyError, TypeError) as error:
+        raise FormatError(
+            f"checkpoint of step {checkpoint.step}: its state is incomplete: {error}"
+        ) from error
+    session.stream = StepStream.from_state(data.train, options, position)
+
+
+def _require_same_parameters(session: Session, checkpoint: Checkpoint) -> None:
+    ours = {name: list(tensor.shape) for name, tensor in session.model.parameters.items()}
+    theirs = {name: list(tensor.shape) for name, tensor in checkpoint.trained.items()}
+    problems = [
+        f"{name}: {ours.get(name, 'absent')} here, {theirs.get(name, 'absent')} in the checkpoint"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+    if problems:
+        raise FormatError(
+            f"the checkpoint of step {checkpoint.step} is of other parameters", problems=problems
+        )

@@ -1,0 +1,244 @@
+"""The loop: steps, evaluations and checkpoints, until the end or until asked to stop."""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import NoReturn
+
+from halfbyte.data.batch import evaluation_batches
+from halfbyte.data.steps import Step
+from halfbyte.errors import HalfbyteError, TrainingError
+from halfbyte.layers.lora import fold_seed
+from halfbyte.memory.resident import PeakSampler, peak_bytes
+from halfbyte.training.checkpoint import prune_checkpoints, write_checkpoint
+from halfbyte.training.diagnosis import NonFinite, find_non_finite
+from halfbyte.training.held_out import HeldOutScore, score_held_out
+from halfbyte.training.interruption import StopRequest
+from halfbyte.training.metrics import MetricsFile
+from halfbyte.training.progress import Observer
+from halfbyte.training.session import Session
+from halfbyte.training.step import Gradients, compute_gradients
+
+
+class Ending(StrEnum):
+    """Why a run ended."""
+
+    COMPLETE = "complete"
+    EARLY = "no better held-out loss"
+    STOPPED = "asked to stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        ending: Why.
+        step: Steps taken.
+        held_out: The last evaluation, or None.
+    """
+
+    ending: Ending
+    step: int
+    held_out: HeldOutScore | None
+
+
+class _Stop(Exception):  # noqa: N818  (not an error: the way out of an unfinished step)
+    """Asked to stop between two micro-batches."""
+
+
+class Trainer:
+    """Takes a session from where it stands to its end.
+
+    A step is applied whole or not at all, and then recorded, evaluated and saved in this order.
+    So a checkpoint's step is always recorded, and resuming repeats nothing that was.
+    """
+
+    def __init__(self, session: Session, observer: Observer, stop: StopRequest) -> None:
+        self._session = session
+        self._observer = observer
+        self._stop = stop
+        self._metrics = MetricsFile(session.directory, resume_step=session.counters.step)
+        self._position = session.stream.state()
+        self._saved_step = session.counters.step or None
+        self._last_score: HeldOutScore | None = None
+        self._failure = ""
+
+    def run(self) -> Outcome:
+        """Train.
+
+        Returns:
+            Why it ended. After `STOPPED` a checkpoint holds the last complete step.
+
+        Raises:
+            TrainingError: A step was not finite and `training.on_nan` is `stop`.
+            StorageError: The disk is full; the last checkpoint is valid.
+        """
+        with PeakSampler() as sampler:
+            try:
+                ending = self._steps(sampler)
+            finally:
+                self._metrics.close()
+        return Outcome(ending, self._session.counters.step, self._last_score)
+
+    def _steps(self, sampler: PeakSampler) -> Ending:
+        session = self._session
+        training = session.config.training
+        while session.counters.step < session.schedule.num_steps:
+            step = next(session.stream)
+            try:
+                self._take(step, sampler)
+            except _Stop:
+                self._save()
+                return Ending.STOPPED
+            number = session.counters.step
+            last = number == session.schedule.num_steps
+            epoch_ends = step.index == step.num_steps - 1
+            evaluated = last or _due(number, training.eval_steps, at_epoch_end=epoch_ends)
+            if evaluated:
+                self._evaluate()
+            if training.patience and session.counters.num_worse >= training.patience:
+                self._save()
+                return Ending.EARLY
+            if last or _due(number, training.save_steps, at_epoch_end=evaluated):
+                self._save()
+            if self._stop.pending and not last:
+                self._save()
+                return Ending.STOPPED
+        return Ending.COMPLETE
+
+    def _take(self, step: Step, sampler: PeakSampler) -> None:
+        session = self._session
+        counters = session.counters
+        begin = time.perf_counter()
+        gradients = self._gradients(step)
+        rate = session.config.training.learning_rate * session.schedule.factor(counters.step)
+        record: dict[str, object] = {
+            "step": counters.step + 1,
+            "epoch": step.epoch,
+            "loss": _number(gradients.loss),
+            "grad_norm": _number(gradients.norm),
+            "learning_rate": rate,
+            "num_tokens": gradients.num_tokens,
+            "num_targets": gradients.num_targets,
+        }
+        if session.loss_scale.dynamic:
+            record["loss_scale"] = session.loss_scale.scale
+        if gradients.finite:
+            for group in session.optimizer.param_groups:
+                group["lr"] = rate
+            session.optimizer.step()
+            session.model.refresh()
+            session.loss_scale.succeed()
+        else:
+            record["not_applied"] = asdict(self._diagnose(step))
+            if session.config.training.on_nan == "stop":
+                self._metrics.append(record)
+                self._give_up()
+        counters.step += 1
+        counters.num_tokens += gradients.num_tokens
+        counters.num_targets += gradients.num_targets
+        self._position = session.stream.state()
+        seconds = time.perf_counter() - begin
+        record |= {
+            "seconds": seconds,
+            "tokens_per_second": gradients.num_tokens / seconds,
+            "peak_bytes": peak_bytes(),
+            "peak_private_bytes": sampler.peak,
+        }
+        self._metrics.append(record)
+        self._observer.stepped(record)
+
+    def _gradients(self, step: Step) -> Gradients:
+        session = self._session
+        while True:
+            gradients = compute_gradients(
+                session.model.decoder,
+                step.micro_batches,
+                session.model.parameters,
+                recompute=session.choices.recompute,
+                dropout_seed=self._dropout_seed(),
+                loss_scale=session.loss_scale.scale,
+                max_norm=session.config.training.max_grad_norm,
+                between=self._leave_if_asked,
+            )
+            # An overflow in float16 says that the scale was too large, not that the run is lost.
+            if gradients.finite or not session.loss_scale.back_off():
+                return gradients
+
+    def _dropout_seed(self) -> int:
+        return fold_seed(self._session.config.training.seed, self._session.counters.step)
+
+    def _leave_if_asked(self) -> None:
+        if self._stop.pending:
+            raise _Stop
+
+    def _diagnose(self, step: Step) -> NonFinite:
+        session = self._session
+        base = self._dropout_seed()
+        seeds = [fold_seed(base, index) for index in range(len(step.micro_batches))]
+        found = find_non_finite(
+            session.model.decoder, step.micro_batches, session.model.parameters, seeds
+        )
+        self._failure = (
+            f"step {session.counters.step + 1} was not applied: {found.where} is not finite; "
+            f"documents: {', '.join(found.rows[:8])}{' ...' if len(found.rows) > 8 else ''}"  # noqa: PLR2004
+        )
+        self._observer.noted(self._failure)
+        return found
+
+    def _give_up(self) -> NoReturn:
+        self._save()
+        raise TrainingError(
+            self._failure,
+            hint="Lower the learning rate, remove the documents, or leave such steps out with "
+            "training.on_nan=skip.",
+        )
+
+    def _evaluate(self) -> None:
+        session = self._session
+        if session.held_out is None:
+            return
+        begin = time.perf_counter()
+        batches = evaluation_batches(session.held_out, session.choices.micro_batch_tokens)
+        score = score_held_out(session.model.decoder, batches)
+        counters = session.counters
+        if counters.best_loss is None or score.loss < counters.best_loss:
+            counters.best_loss, counters.num_worse = score.loss, 0
+        else:
+            counters.num_worse += 1
+        self._last_score = score
+        record = {
+            "step": counters.step,
+            "eval_loss": score.loss,
+            "eval_perplexity": _number(score.perplexity),
+            "eval_accuracy": score.accuracy,
+            "eval_targets": score.num_targets,
+            "eval_seconds": time.perf_counter() - begin,
+        }
+        self._metrics.append(record)
+        self._observer.evaluated(record)
+
+    def _save(self) -> None:
+        session = self._session
+        if self._saved_step == session.counters.step:
+            return
+        self._metrics.sync()
+        try:
+            path = write_checkpoint(session.directory, session.snapshot(self._position))
+        except HalfbyteError as error:
+            error.hint = f"{error.hint} Then: halfbyte resume {session.directory}".strip()
+            raise
+        self._saved_step = session.counters.step
+        prune_checkpoints(session.directory, session.config.training.keep_checkpoints)
+        self._observer.noted(f"saved {path}")
+
+
+def _due(step: int, every: int | None, *, at_epoch_end: bool) -> bool:
+    return at_epoch_end if every is None else step % every == 0
+
+
+def _number(value: float) -> float | None:
+    # JSON has no NaN: what is not a number is null.
+    return value if math.isfinite(value) else None
