@@ -10,6 +10,12 @@ import torch
 from halfbyte.optim import SGD, AdamW, PagedAdamW
 from optim.problems import assert_same, gradients, parameters, run
 
+# The kernel fuses what PyTorch's vector code fuses; elsewhere the last bit of a product may differ.
+pytestmark = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in {"AVX2", "AVX512"},
+    reason="PyTorch runs code here that rounds products by themselves",
+)
+
 SETTINGS = [
     pytest.param({}, id="defaults"),
     pytest.param({"lr": 3e-3, "betas": (0.95, 0.98), "eps": 1e-6, "weight_decay": 0.1}, id="all"),

@@ -292,7 +292,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def _apply(self, one: _Work, param: Tensor, grad: Tensor, values: tuple[Tensor, ...]) -> None:
         work = param.float()  # the parameter itself when it is float32
         grad = grad.float()
-        one.form.apply(values, lambda state: self._rule.update(work, grad, state, one.scalars))
+        one.form.update(work, grad, values, one.scalars)
         if work is not param:
             param.copy_(work)
 
@@ -325,7 +325,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         }
 
     def _format(self, param: Tensor) -> StateFormat:
-        return state_format(self._rule.moments, bits=self._state_bits, num_elements=param.numel())
+        return state_format(self._rule, bits=self._state_bits, num_elements=param.numel())
 
     def _require_whole(self) -> None:
         if self._under_way:

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import UsageError
-from halfbyte.optim import ops as _ops  # noqa: F401  (defines the operator)
+from halfbyte.formats.codebooks import DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP
+from halfbyte.kernels import adamw as _adamw  # noqa: F401  (defines the operator)
 
 Scalars = tuple[float, ...]
+
+BLOCK_SIZE = 256
+"""Elements of 8-bit state that share a scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,10 @@ class Moment:
 
     name: str
     signed: bool = True
+
+    def table(self, device: torch.device) -> Tensor:
+        """What its 8-bit codes stand for, float32 `[256]`."""
+        return (DYNAMIC_MAP if self.signed else UNSIGNED_DYNAMIC_MAP).table(device)
 
 
 class Rule(Protocol):
@@ -41,6 +49,12 @@ class Rule(Protocol):
         self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], scalars: Scalars
     ) -> None:
         """Change the parameter and its state in place; all float32 `[N]`."""
+        ...
+
+    def update_8bit(
+        self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], scalars: Scalars
+    ) -> None:
+        """The same with codes, uint8 `[N]`, and scales of each moment in turn."""
         ...
 
 
@@ -70,6 +84,12 @@ class AdamWRule:
         exp_avg, exp_avg_sq = state
         torch.ops.halfbyte.adamw_step(param, grad, exp_avg, exp_avg_sq, *scalars)
 
+    def update_8bit(
+        self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], scalars: Scalars
+    ) -> None:
+        """Decode, update, encode."""
+        _update_decoded(self, param, grad, state, scalars)
+
 
 class LionRule:
     """The sign of an interpolated momentum. Source: arXiv:2302.06675, algorithm 2."""
@@ -93,6 +113,12 @@ class LionRule:
         param.add_(exp_avg.lerp(grad, weight1).sign_(), alpha=-rate)
         exp_avg.lerp_(grad, weight2)
 
+    def update_8bit(
+        self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], scalars: Scalars
+    ) -> None:
+        """Decode, update, encode."""
+        _update_decoded(self, param, grad, state, scalars)
+
 
 class SGDRule:
     """Heavy-ball momentum and coupled weight decay, as `torch.optim.SGD`."""
@@ -113,6 +139,29 @@ class SGDRule:
             grad = grad.add(param, alpha=weight_decay)
         buffer.mul_(momentum).add_(grad)
         param.add_(buffer, alpha=-rate)
+
+    def update_8bit(
+        self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], scalars: Scalars
+    ) -> None:
+        """Decode, update, encode."""
+        _update_decoded(self, param, grad, state, scalars)
+
+
+def _update_decoded(
+    rule: Rule, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], scalars: Scalars
+) -> None:
+    stored = [
+        (codes, scales, moment.table(param.device))
+        for moment, codes, scales in zip(rule.moments, state[::2], state[1::2], strict=True)
+    ]
+    decoded = tuple(torch.empty_like(param) for _ in stored)
+    for moment, (codes, scales, table) in zip(decoded, stored, strict=True):
+        torch.ops.halfbyte.dequantize_8bit(codes, table, scales, BLOCK_SIZE, moment)
+    rule.update(param, grad, decoded, scalars)
+    for moment, (codes, scales, table) in zip(decoded, stored, strict=True):
+        new_codes, new_scales = torch.ops.halfbyte.quantize_8bit(moment, table, BLOCK_SIZE)
+        codes.copy_(new_codes)
+        scales.copy_(new_scales)
 
 
 def number(group: Mapping[str, object], name: str) -> float:

@@ -6,86 +6,66 @@ A step decodes a block, updates it in float32 and encodes it again. Tensors unde
 stay in float32, as in bitsandbytes: they are small, and often the ones that need it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from halfbyte import kernels as _kernels  # noqa: F401  (defines and registers the operators)
-from halfbyte.formats.codebooks import DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP
 from halfbyte.memory.layout import Field
-from halfbyte.optim.rules import Moment
+from halfbyte.optim.rules import BLOCK_SIZE, Rule, Scalars
 
-BLOCK_SIZE = 256
-"""Elements that share a scale."""
 MIN_8BIT_ELEMENTS = 4096
 """Smaller tensors keep float32 state."""
-
-Update = Callable[[tuple[Tensor, ...]], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Float32State:
-    """Every moment in float32."""
+    """Every moment of a rule in float32."""
 
-    moments: tuple[Moment, ...]
+    rule: Rule
 
     @property
     def fields(self) -> tuple[Field, ...]:
         """One a moment, with its name."""
-        return tuple(Field(moment.name, torch.float32) for moment in self.moments)
+        return tuple(Field(moment.name, torch.float32) for moment in self.rule.moments)
 
-    def apply(self, values: tuple[Tensor, ...], update: Update) -> None:
-        """Let `update` change the values."""
-        update(values)
+    def update(
+        self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], scalars: Scalars
+    ) -> None:
+        """Change a parameter and its state in place; all flat."""
+        self.rule.update(param, grad, state, scalars)
 
 
 @dataclass(frozen=True, slots=True)
 class Blockwise8bitState:
-    """Every moment as 8-bit codes and a scale a block."""
+    """Every moment of a rule as 8-bit codes and a scale a block."""
 
-    moments: tuple[Moment, ...]
+    rule: Rule
 
     @property
     def fields(self) -> tuple[Field, ...]:
         """Codes and scales of each moment in turn."""
         return tuple(
             field
-            for moment in self.moments
+            for moment in self.rule.moments
             for field in (
                 Field(f"{moment.name}_codes", torch.uint8),
                 Field(f"{moment.name}_scales", torch.float32, BLOCK_SIZE),
             )
         )
 
-    def apply(self, values: tuple[Tensor, ...], update: Update) -> None:
-        """Decode, let `update` change the moments, encode.
-
-        A block that was never written has a scale of zero and so decodes to zeros.
-        """
-        tables = [
-            (DYNAMIC_MAP if moment.signed else UNSIGNED_DYNAMIC_MAP).table(values[0].device)
-            for moment in self.moments
-        ]
-        pairs = list(zip(values[::2], values[1::2], tables, strict=True))
-        decoded = []
-        for codes, scales, table in pairs:
-            moment = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-            torch.ops.halfbyte.dequantize_8bit(codes, table, scales, BLOCK_SIZE, moment)
-            decoded.append(moment)
-        update(tuple(decoded))
-        for (codes, scales, table), moment in zip(pairs, decoded, strict=True):
-            new_codes, new_scales = torch.ops.halfbyte.quantize_8bit(moment, table, BLOCK_SIZE)
-            codes.copy_(new_codes)
-            scales.copy_(new_scales)
+    def update(
+        self, param: Tensor, grad: Tensor, state: tuple[Tensor, ...], scalars: Scalars
+    ) -> None:
+        """Change a parameter and its state in place; all flat, from a multiple of a block on."""
+        self.rule.update_8bit(param, grad, state, scalars)
 
 
 StateFormat = Float32State | Blockwise8bitState
 
 
-def state_format(moments: tuple[Moment, ...], *, bits: int, num_elements: int) -> StateFormat:
+def state_format(rule: Rule, *, bits: int, num_elements: int) -> StateFormat:
     """How to store the state of a parameter of that size when `bits` are asked for."""
     if bits == 8 and num_elements >= MIN_8BIT_ELEMENTS:  # noqa: PLR2004
-        return Blockwise8bitState(moments)
-    return Float32State(moments)
+        return Blockwise8bitState(rule)
+    return Float32State(rule)

@@ -11,6 +11,7 @@
 #define HALFBYTE_TARGET "avx2,fma,f16c,bmi,bmi2"
 #include "target.h"
 // (after the target, so that the loops are compiled for it)
+#include "adamw.h"
 #include "matmul.h"
 
 namespace halfbyte::avx2 {
@@ -148,6 +149,8 @@ const Kernels kAvx2 = {
     .dequantize_4bit = avx2::dequantize_4bit_fast,
     .quantize_8bit = avx2::quantize_8bit,
     .dequantize_8bit = avx2::dequantize_8bit,
+    .adamw_moments = avx2::adamw_moments,
+    .adamw_apply = avx2::adamw_apply,
     .prepared_bytes = avx2::Linear::prepared_bytes,
     .prepare = avx2::Linear::prepare,
     .linear = avx2::Linear::run,

@@ -14,6 +14,7 @@
 #define HALFBYTE_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi,bmi2"
 #include "target.h"
 // (after the target, so that the loops are compiled for it)
+#include "adamw.h"
 #include "avx512.h"
 #include "kernels.h"
 #include "plain.h"
@@ -205,6 +206,8 @@ const Kernels kAvx512Bf16 = {
     .dequantize_4bit = avx512::dequantize_4bit_fast,
     .quantize_8bit = avx512::quantize_8bit_fast,
     .dequantize_8bit = avx512::dequantize_8bit_fast,
+    .adamw_moments = avx512::adamw_moments,
+    .adamw_apply = avx512::adamw_apply,
     .prepared_bytes = avx512::prepared_bytes,
     .prepare = avx512::prepare,
     .linear = avx512::linear,

@@ -31,6 +31,13 @@ struct Kernels {
   void (*dequantize_8bit)(const uint8_t* codes, const float* table, const float* scales,
                           int64_t block_size, int64_t begin, int64_t end, DType dtype, void* out);
 
+  // The two halves of an AdamW step on `count` elements; PyTorch takes the square root between
+  // them, in place: `moments` leaves the second moment in `root` too, `apply` finds its root there.
+  void (*adamw_moments)(const AdamWScalars& scalars, const float* grad, float* exp_avg,
+                        float* exp_avg_sq, float* root, int64_t count);
+  void (*adamw_apply)(const AdamWScalars& scalars, const float* exp_avg, const float* root,
+                      float* param, int64_t count);
+
   // x W^T for few rows, in two steps. `prepare` rewrites rows [begin, end) of x [rows,
   // in_features] in the order that `linear` reads; `linear` writes outputs [begin, end) of every
   // row of y [rows, out_features], from the prepared x and an optional bias [out_features]. All

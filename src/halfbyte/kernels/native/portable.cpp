@@ -2,6 +2,7 @@
 
 #define HALFBYTE_ISA portable
 
+#include "adamw.h"
 #include "matmul.h"
 
 namespace halfbyte::portable {
@@ -55,6 +56,8 @@ const Kernels kPortable = {
     .dequantize_4bit = portable::dequantize_4bit,
     .quantize_8bit = portable::quantize_8bit,
     .dequantize_8bit = portable::dequantize_8bit,
+    .adamw_moments = portable::adamw_moments,
+    .adamw_apply = portable::adamw_apply,
     .prepared_bytes = portable::Linear::prepared_bytes,
     .prepare = portable::Linear::prepare,
     .linear = portable::Linear::run,

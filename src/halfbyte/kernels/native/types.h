@@ -54,6 +54,11 @@ struct Ranks8 {
   uint8_t guess[2 * kBins + 4];
 };
 
+// What an AdamW step does to every element alike: see halfbyte/kernels/adamw.py.
+struct AdamWScalars {
+  float decay, weight1, beta2, weight2, correction, eps, step_size;
+};
+
 // Row-major x [rows, in_features] times the transpose of W [out_features, in_features].
 struct LinearShape {
   int64_t rows;
