@@ -74,11 +74,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_oracle(case: str, dtype: torch.dtype = torch.float32) -> Any:
+def make_oracle(case: str, dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
     """A transformers model with every parameter random, norms and biases included."""
     transformers = pytest.importorskip("transformers")
     family, changes = CASES[case]
-    settings = SIZES | changes
+    settings = SIZES | changes | sizes
     if family == "qwen2":  # its head_dim follows from the other sizes
         settings = {k: v for k, v in settings.items() if k != "head_dim"}
     config = transformers.AutoConfig.for_model(family, **settings)
@@ -125,8 +125,13 @@ def random_tokens(count: int, seed: int = 0) -> Tensor:
 def save_directory(oracle: Any, directory: Path, *, four_bit: bool = False) -> Path:
     """A model directory as transformers writes it, its linears in NF4 on request."""
     oracle.save_pretrained(directory)
-    if not four_bit:
-        return directory
+    if four_bit:
+        quantize_directory(directory)
+    return directory
+
+
+def quantize_directory(directory: Path, compute_dtype: torch.dtype = torch.bfloat16) -> None:
+    """Put the linears of an unsharded directory into NF4, in place."""
     path = directory / "model.safetensors"
     tensors: dict[str, Tensor] = {}
     file = SafetensorsFile.open(path)
@@ -135,11 +140,10 @@ def save_directory(oracle: Any, directory: Path, *, four_bit: bool = False) -> P
         parts = to_bitsandbytes(name, hb.quantize(tensor)) if "_proj.weight" in name else None
         tensors |= parts or {name: tensor}
     write_safetensors(path, tensors, {"format": "pt"})
-    change_config(
-        directory,
-        quantization_config=quantization_config("nf4", block_size=64, double_quant=True),
+    config = quantization_config(
+        "nf4", block_size=64, double_quant=True, compute_dtype=compute_dtype
     )
-    return directory
+    change_config(directory, quantization_config=config)
 
 
 def change_config(directory: Path, **changes: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import UsageError
+from halfbyte.generation.adapters import attach_adapters
 from halfbyte.generation.engine import Engine
 from halfbyte.generation.sampling import Sampling
 from halfbyte.generation.stop_strings import StopStrings
@@ -185,6 +186,7 @@ class Model:
 def load(
     model: str | Path,
     *,
+    adapters: Sequence[str | Path] = (),
     compute_dtype: torch.dtype = DEFAULT_COMPUTE_DTYPE,
     resident: bool = False,
 ) -> Model:
@@ -192,10 +194,14 @@ def load(
 
     Args:
         model: A Hugging Face model directory, such as `halfbyte quantize` writes.
+        adapters: Adapter directories in PEFT's layout, used together; see `attach_adapters`.
         compute_dtype: float32, bfloat16 or float16.
         resident: Copy the weights to memory instead of mapping the files.
 
     Raises:
-        HalfbyteError: See `models.load.load_decoder`.
+        HalfbyteError: See `models.load.load_decoder` and `attach_adapters`.
     """
-    return Model(Path(model), load_decoder(model, compute_dtype=compute_dtype, resident=resident))
+    decoder = load_decoder(model, compute_dtype=compute_dtype, resident=resident)
+    if adapters:
+        attach_adapters(decoder, adapters)
+    return Model(Path(model), decoder)

@@ -9,7 +9,7 @@ Dimension key:
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ from halfbyte.layers.lora import (
     find_terms,
     fold_seed,
 )
-from halfbyte.layers.matmul import multiply, multiply_transposed
+from halfbyte.layers.matmul import bind, multiply, multiply_transposed
 from halfbyte.layers.weights import WeightRef, WeightStore
 
 
@@ -41,9 +41,10 @@ class Linear:
         bias: Handle of the bias `[O]`, or None.
         store: Where both live.
         bank: Low-rank updates by adapter name.
+        bound: The product with the weight, once a permanent store has handed it out.
     """
 
-    __slots__ = ("bank", "bias", "path", "store", "weight")
+    __slots__ = ("bank", "bias", "bound", "path", "store", "weight")
 
     def __init__(
         self, path: str, weight: WeightRef, bias: WeightRef | None, store: WeightStore
@@ -53,6 +54,7 @@ class Linear:
         self.bias = bias
         self.store = store
         self.bank: dict[str, LoraFactors] = {}
+        self.bound: Callable[[Tensor], Tensor] | None = None
 
     @property
     def in_features(self) -> int:
@@ -151,20 +153,20 @@ def _training_terms(linears: Sequence[Linear], routing: Routing) -> list[Term]:
 
 
 def _forward(x_TI: Tensor, linear: Linear) -> Tensor:
-    store = linear.store
-    bias_ref = linear.bias
+    if linear.bound is not None:
+        return linear.bound(x_TI)
+    store, bias_ref = linear.store, linear.bias
     weight = store.acquire(linear.weight)
+    bias = None if bias_ref is None else store.acquire(bias_ref)
+    assert bias is None or isinstance(bias, Tensor)  # noqa: S101  (never in 4 bits)
     try:
-        if bias_ref is None:
-            return multiply(x_TI, weight)
-        bias = store.acquire(bias_ref)
-        assert isinstance(bias, Tensor)  # a vector is never stored in 4 bits  # noqa: S101
-        try:
-            return multiply(x_TI, weight, bias.to(x_TI.dtype))
-        finally:
-            store.release(bias_ref)
+        if store.permanent:
+            linear.bound = bind(weight, bias)
+        return multiply(x_TI, weight, None if bias is None else bias.to(x_TI.dtype))
     finally:
         store.release(linear.weight)
+        if bias_ref is not None:
+            store.release(bias_ref)
 
 
 def _is_trainable(linear: Linear) -> bool:

@@ -5,49 +5,60 @@ Dimension key:
     O  output features
 """
 
-import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from halfbyte.formats.quantized_tensor import QuantizedTensor
+from halfbyte.kernels.linear import linear, linear_input_gradient
 from halfbyte.layers.weights import Weight, as_tensor
-
-
-class _Workspace(threading.local):
-    """One buffer a thread and dtype that dequantized weights pass through.
-
-    A fresh buffer costs four times the dequantization in page faults.
-    """
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        buffer = self.buffers.get((dtype, device))
-        if buffer is None or buffer.numel() < shape.numel():
-            buffer = torch.empty(shape.numel(), dtype=dtype, device=device)
-            self.buffers[dtype, device] = buffer
-        return buffer[: shape.numel()].view(shape)
-
-
-_workspace = _Workspace()
-
-
-def _dense(weight_OI: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight in `dtype`; from 4 bits it is valid until the next call only."""
-    if isinstance(weight_OI, QuantizedTensor):
-        out = _workspace.take(weight_OI.shape, dtype, weight_OI.device)
-        return weight_OI.dequantize(out=out)
-    return as_tensor(weight_OI, dtype)
 
 
 def multiply(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> Tensor:
     """`x Wᵀ + bias`, `[T, O]`, in the dtype of `x`."""
-    return functional.linear(x_TI, _dense(weight_OI, x_TI.dtype), bias_O)
+    if isinstance(weight_OI, QuantizedTensor):
+        return linear(x_TI, weight_OI, bias_O)
+    return functional.linear(x_TI, as_tensor(weight_OI, x_TI.dtype), bias_O)
 
 
 def multiply_transposed(grad_TO: Tensor, weight_OI: Weight) -> Tensor:
     """`grad W`, `[T, I]`, in the dtype of `grad`: what reaches the input of `multiply`."""
-    return grad_TO @ _dense(weight_OI, grad_TO.dtype)
+    if isinstance(weight_OI, QuantizedTensor):
+        return linear_input_gradient(grad_TO, weight_OI)
+    return grad_TO @ as_tensor(weight_OI, grad_TO.dtype)
+
+
+def bind(weight_OI: Weight, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`multiply` without gradients, with all that can be looked up once looked up now.
+
+    When a token is decoded, looking up the parts of a 4-bit weight would cost as much as
+    multiplying with it.
+    """
+    biases: dict[torch.dtype, Tensor] = {}
+
+    def bias_in(dtype: torch.dtype) -> Tensor | None:
+        if bias_O is None:
+            return None
+        if dtype not in biases:
+            biases[dtype] = bias_O.detach().to(dtype)
+        return biases[dtype]
+
+    if isinstance(weight_OI, Tensor):
+        dense = weight_OI.detach()
+        return lambda x_TI: functional.linear(
+            x_TI, as_tensor(dense, x_TI.dtype), bias_in(x_TI.dtype)
+        )
+    if weight_OI.stored_zero_points is not None:  # zero-points have no kernels
+        return lambda x_TI: linear(x_TI, weight_OI, bias_in(x_TI.dtype))
+    arguments = (*weight_OI.operator_arguments(), *weight_OI.shape)
+    operator = torch.ops.halfbyte.linear_4bit.default
+    below_autograd = torch._C._AutoDispatchBelowAutograd  # noqa: SLF001  (as `kernels.linear` does)
+
+    def multiply_4bit(x_TI: Tensor) -> Tensor:
+        with below_autograd():
+            y_TO: Tensor = operator(x_TI, *arguments, bias_in(x_TI.dtype))
+        return y_TO
+
+    return multiply_4bit
