@@ -29,6 +29,8 @@ COMMANDS: dict[str, Command] = {
     "data": Command(
         "halfbyte.cli.data", "Check what a model will be trained on; show a row with its loss."
     ),
+    "train": Command("halfbyte.cli.train", "Fine-tune a model on a data file."),
+    "resume": Command("halfbyte.cli.resume", "Continue a run where it stopped."),
     "generate": Command("halfbyte.cli.generate", "Continue text with a model."),
     "chat": Command("halfbyte.cli.chat", "Talk to a model through its chat template."),
     "demo": Command("halfbyte.cli.demo", "Quantize a real model and show what that did to it."),

@@ -1,0 +1,144 @@
+"""A training run as it is shown: a live line on a terminal, plain lines now and then elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from halfbyte.cli.output import Output, format_bytes
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+    from halfbyte.training.run import RunResult
+
+LINE_EVERY_SECONDS = 10.0
+STOPPED = 75
+
+Record = Mapping[str, Any]
+
+
+class RunView:
+    """Shows the events of a run; with `--json` every record is a line on stdout."""
+
+    def __init__(self, output: Output, live: "Live | None") -> None:
+        self._output = output
+        self._live = live
+        self._num_steps = 0
+        self._first_step = 1
+        self._begin = self._last_line = time.monotonic()
+
+    def started(self, summary: Record) -> None:
+        """Say what is trained on what."""
+        self._num_steps = summary["num_steps"]
+        self._first_step = summary["first_step"]
+        self._begin = time.monotonic()
+        self._note(
+            f"{summary['method']}: {summary['num_trained']:,} trained parameters; "
+            f"{summary['num_documents']:,} documents, {summary['num_tokens']:,} tokens; "
+            f"{summary['num_held_out']:,} held out"
+        )
+        self._note(
+            f"steps {self._first_step} to {self._num_steps}; micro-batches of at most "
+            f"{summary['micro_batch_tokens']:,} tokens; {summary['recompute']} layers recomputed"
+        )
+        for notice in summary["notices"]:
+            self._note(f"note: {notice}")
+        self._output.emit({"event": "started", **summary})
+
+    def stepped(self, record: Record) -> None:
+        """Show the step, on a terminal always."""
+        self._output.emit({"event": "step", **record})
+        line = self._line(record)
+        now = time.monotonic()
+        if self._live is not None:
+            self._live.update(line)
+        elif now - self._last_line >= LINE_EVERY_SECONDS or record["step"] == self._num_steps:
+            self._last_line = now
+            self._note(line)
+
+    def evaluated(self, record: Record) -> None:
+        """Say how well held-out targets are predicted."""
+        self._output.emit({"event": "evaluation", **record})
+        perplexity = record["eval_perplexity"]
+        self._note(
+            f"step {record['step']}: held-out loss {record['eval_loss']:.4f}, perplexity "
+            f"{'infinite' if perplexity is None else f'{perplexity:.3f}'}, "
+            f"accuracy {record['eval_accuracy']:.1%}"
+        )
+
+    def noted(self, text: str) -> None:
+        """Say it."""
+        self._output.emit({"event": "note", "text": text})
+        self._note(text)
+
+    def _line(self, record: Record) -> str:
+        step = record["step"]
+        taken = step - self._first_step + 1
+        left = (time.monotonic() - self._begin) / taken * (self._num_steps - step)
+        loss, norm = (
+            "not finite" if record[key] is None else f"{record[key]:.4f}"
+            for key in ("loss", "grad_norm")
+        )
+        return (
+            f"step {step}/{self._num_steps}  loss {loss}  grad norm {norm}  "
+            f"{record['tokens_per_second']:,.0f} tok/s  "
+            f"peak {format_bytes(record['peak_bytes'])}  {_duration(left)} left"
+        )
+
+    def _note(self, text: str) -> None:
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            self._output.note(text)
+
+
+@contextlib.contextmanager
+def watch(output: Output) -> Iterator[RunView]:
+    """A view for the length of a run."""
+    if not sys.stderr.isatty():
+        yield RunView(output, None)
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    with Live(console=Console(stderr=True), refresh_per_second=4) as live:
+        yield RunView(output, live)
+
+
+def finish(output: Output, result: "RunResult") -> None:
+    """Say how the run ended and what it left.
+
+    Raises:
+        typer.Exit: With 75, if it was stopped before its end.
+    """
+    outcome = result.outcome
+    score = outcome.held_out
+    output.emit(
+        {
+            "event": "finished",
+            "ending": outcome.ending.value,
+            "step": outcome.step,
+            "run": str(result.directory),
+            "result": None if result.result is None else str(result.result),
+            "eval_loss": None if score is None else score.loss,
+        }
+    )
+    if result.result is None:
+        output.text(f"stopped after step {outcome.step}; a checkpoint holds everything")
+        output.text(f"go on with: halfbyte resume {result.directory}")
+        raise typer.Exit(STOPPED)
+    output.text(f"finished after step {outcome.step} ({outcome.ending.value})")
+    if score is not None:
+        output.text(f"held-out loss {score.loss:.4f}, perplexity {score.perplexity:.3f}")
+    output.text(f"result: {result.result}")
+    output.text(f"curve: {result.directory / 'loss.png'}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,63 @@
+"""`halfbyte train`: from a config, or from a few options, to a trained adapter."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from halfbyte.cli.output import current_output
+from halfbyte.cli.parsing import example, new_app
+from halfbyte.cli.run_view import finish, watch
+
+if TYPE_CHECKING:
+    from halfbyte.training.config import Config
+
+app = new_app()
+
+
+@app.command(
+    epilog=example(
+        "halfbyte train run.yaml training.learning_rate=1e-4",
+        "halfbyte train --model models/smollm2-nf4 --data train.jsonl --out runs/first \\\n"
+        "    lora.rank=8 training.num_epochs=3",
+    )
+)
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [KEY=VALUE ...]",
+            help="A YAML file, and settings that win over it, such as lora.rank=8.",
+        ),
+    ] = None,
+    *,
+    model: Annotated[str | None, typer.Option(help="The model directory.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Training data: a file, a folder, or a glob in quotes.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory; must be new.")] = None,
+) -> None:
+    """Fine-tune a model on a data file.
+
+    The run directory gets the resolved config, metrics.jsonl, checkpoints and the result. Ctrl-C
+    (or SIGTERM) saves a checkpoint and exits with 75; `halfbyte resume` goes on from there, and
+    from any crash, with the same results.
+    """
+    config = _config(arguments or [], model, data, out)
+    from halfbyte.training.run import train as start
+
+    with watch(current_output()) as observer:
+        result = start(config, observer)
+    finish(current_output(), result)
+
+
+def _config(
+    arguments: list[str], model: str | None, data: str | None, out: Path | None
+) -> "Config":
+    from halfbyte.training.config_file import load_config
+
+    file = None
+    if arguments and "=" not in arguments[0]:
+        file, arguments = arguments[0], arguments[1:]
+    flags = {"model": model, "data.train": data, "output.dir": None if out is None else str(out)}
+    return load_config(file, arguments, flags)
