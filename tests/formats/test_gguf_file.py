@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import tiny_gguf as tiny
 from halfbyte.errors import FormatError, MissingFileError, UnsafeArtifactError
+from halfbyte.formats import gguf_header
 from halfbyte.formats.gguf_file import CHUNK_ELEMENTS, GgufFile
 from halfbyte.formats.gguf_header import MAX_ELEMENTS, SUPPORTED, parse_header
 
@@ -170,3 +171,20 @@ def test_only_regular_files(tmp_path: Path) -> None:
         GgufFile.open(tmp_path / "none.gguf")
     with pytest.raises(UnsafeArtifactError):
         GgufFile.open(tmp_path)
+
+
+def test_a_forgotten_tensor_can_be_read_again(tmp_path: Path) -> None:
+    file = open_bytes(tmp_path, GOOD)
+    before = file.read("t")
+    file.forget("t")
+    assert torch.equal(file.read("t"), before)
+
+
+def test_a_list_that_is_not_there(tmp_path: Path) -> None:
+    assert open_bytes(tmp_path, GOOD).get_list("none", str) is None
+
+
+def test_metadata_is_bounded_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_header, "MAX_METADATA_BYTES", 64)
+    with pytest.raises(FormatError, match="metadata: at most 64 bytes expected"):
+        open_bytes(tmp_path, GOOD)

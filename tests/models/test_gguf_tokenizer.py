@@ -183,6 +183,11 @@ def test_templates_and_ends(tmp_path: Path) -> None:
         (bpe(model=("str", "rwkv")), UnsupportedError, "gpt2 or llama expected, found 'rwkv'"),
         (bpe(tokens=("[str", [])), FormatError, "without vocabulary"),
         (bpe(tokens=("[str", ["a"] * len(BPE))), FormatError, "'a' appears twice"),
+        (
+            spm(tokens=("[str", [*SPM[:-1], "x" * 10**6])),
+            FormatError,
+            "at most 1024 characters each",
+        ),
         (bpe(token_type=("[i32", [1])), FormatError, f"{len(BPE)} entries expected, found 1"),
         (bpe(eos_token_id=("u32", 9999)), FormatError, "eos_token_id: an id below"),
         (bpe(merges=("[str", ["t h", "q q"])), FormatError, "1 of 2 are not two tokens"),

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -28,7 +29,7 @@ from halfbyte.errors import (
 from halfbyte.formats.bitsandbytes_layout import from_bitsandbytes, quantized_names
 from halfbyte.formats.safetensors_file import SafetensorsFile
 from halfbyte.formats.safetensors_writer import SafetensorsWriter, write_safetensors
-from halfbyte.formats.shards import open_shards, write_index
+from halfbyte.formats.shards import open_shards, plan_shards, shard_file_names, write_index
 from halfbyte.models import hub
 from halfbyte.models.config import parse_config
 from halfbyte.models.layout import layout_of
@@ -421,3 +422,49 @@ def test_sources_that_are_none(tmp_path: Path, source: Path) -> None:
     (source / "model.safetensors").unlink()
     with pytest.raises(MissingFileError, match="no weights"):
         open_source(source)
+
+
+MEASURE = """
+import json, sys, time
+import torch, halfbyte.kernels
+from halfbyte.memory.resident import resident
+idle = resident().total
+import halfbyte as hb
+start = time.monotonic()
+hb.quantize_model(sys.argv[1], sys.argv[2])
+print(json.dumps({"seconds": time.monotonic() - start, "above": resident().peak - idle}))
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """TinyLlama's shape, 2.2 GB of bfloat16 in four shards: at most 700 MB above the interpreter."""
+    shape = {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32_000,
+    }
+    source = write_model(tmp_path / "source")
+    (source / "config.json").write_text(json.dumps(CONFIG | shape))
+    refs = {ref.name: ref for ref in layout_of(parse_config(CONFIG | shape)).refs()}
+    sizes = [{name: 2 * math.prod(ref.shape)} for name, ref in refs.items()]
+    shards = plan_shards(sizes, max_bytes=560_000_000)
+    assert len(shards) == 4
+    noise = torch.randn(32_000 * 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
+    files = []
+    for file, names in zip(shard_file_names(len(shards)), shards, strict=True):
+        shapes = {name: refs[name].shape for name in names}
+        tensors = {n: noise[: math.prod(shape)].view(shape) for n, shape in shapes.items()}
+        write_safetensors(source / file, tensors)
+        files.append(SafetensorsFile.open(source / file))
+    write_index(source, files)
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(measured.stdout)["above"] <= 700_000_000

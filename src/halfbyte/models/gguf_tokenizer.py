@@ -20,6 +20,9 @@ from halfbyte.errors import FormatError, UnsupportedError
 from halfbyte.formats.gguf_file import GgufFile
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+# Real vocabularies stay far below; trying every cut of a longer token would take forever.
+MAX_TOKEN_CHARACTERS = 1024
+MAX_CHARACTERS = 8 << 20
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "\u2581"
 
@@ -168,6 +171,12 @@ def _read_vocabulary(file: GgufFile) -> Vocabulary:
     problems: list[str] = []
     if len(kinds) != len(tokens):
         problems.append(f"token_type: {len(tokens)} entries expected, found {len(kinds)}")
+    longest, total = max(map(len, tokens)), sum(map(len, tokens))
+    if longest > MAX_TOKEN_CHARACTERS or total > MAX_CHARACTERS:
+        problems.append(
+            f"tokens: at most {MAX_TOKEN_CHARACTERS} characters each and {MAX_CHARACTERS} in all "
+            f"expected, found {longest} and {total}"
+        )
     if len(set(tokens)) < len(tokens):
         seen: set[str] = set()
         again = next(t for t in tokens if t in seen or seen.add(t))  # type: ignore[func-returns-value]

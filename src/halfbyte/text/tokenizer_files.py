@@ -5,12 +5,12 @@ Files: `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`,
 Keys that name code to run (`auto_map`) are ignored: nothing here runs what it reads.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.errors import FormatError, MissingFileError
+from halfbyte.storage.json_file import read_json_object
 
 MAX_FILE_BYTES = 256 << 20
 TOKEN_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
@@ -93,14 +93,11 @@ def _read_object(path: Path, problems: list[str]) -> dict[str, object]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(_read_text(path, problems) or "{}")
-    except (ValueError, RecursionError) as error:
-        problems.append(f"{path.name}: not JSON: {error}")
+        return read_json_object(path)
+    except FormatError as error:
+        problems.append(error.message)
+        problems += error.problems
         return {}
-    if not isinstance(value, dict):
-        problems.append(f"{path.name}: a JSON object expected, found {type(value).__name__}")
-        return {}
-    return value
 
 
 def _name(value: object) -> str | None:
