@@ -4,8 +4,10 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFWriter
 from torch import Tensor
 
 import halfbyte as hb
@@ -335,6 +337,46 @@ def test_a_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "MANIFEST.json, optimizer.safetensors" in text
     assert "! the hashes in MANIFEST.json are checked when a run resumes, not here" in text
     assert record["storage"]["float32"]["num_elements"] == 5
+
+
+def write_gguf(path: Path, *, named: bool) -> None:
+    writer = GGUFWriter(path, "llama")
+    if named:
+        writer.add_name("Tiny")
+        writer.add_block_count(2)
+        writer.add_embedding_length(64)
+        writer.add_tensor("token_embd.weight", np.zeros((10, 64), np.float32))
+        blocks = np.zeros((4, 64 // 32 * 18), np.uint8)  # 32 elements a block of 18 bytes
+        writer.add_tensor("blk.0.attn_q.weight", blocks, raw_dtype=GGMLQuantizationType.Q4_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, named=True)
+    text, record = explain(path, capsys, "--tensors")
+    for words in (
+        ": a GGUF file\n",
+        "name        Tiny\n",
+        "family      llama\n",
+        "2 layers, hidden size 64\n",
+        "parameters  896 in 2 tensors\n",
+        "F32: 640 in 2.5 KiB; Q4_0: 256 in 144 B",
+        f"{8 * (2560 + 144) / 896:.3f} bits a parameter",
+        "blk.0.attn_q.weight  Q4_0        4 x 64",
+    ):
+        assert words in text
+    assert record["kind"] == "gguf"
+    assert record["bytes"] == 2704
+    write_gguf(path, named=False)
+    text, _ = explain(path, capsys)
+    assert "name        unknown\n" in text
+    assert "shape       unknown\n" in text
+    path.write_bytes(path.read_bytes()[:20])
+    assert "cannot be read as GGUF" in refusal(path, 1, capsys)
 
 
 def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

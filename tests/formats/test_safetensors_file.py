@@ -271,6 +271,18 @@ def test_every_announced_tensor_must_be_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_syncing_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    specs = {"t": TensorSpec(torch.float32, (2,)), "u": TensorSpec(torch.float32, (2,))}
+    with SafetensorsWriter.open(tmp_path / "x", specs) as writer:
+        writer.write("t", torch.ones(2))
+        writer.sync()
+        writer.write("u", torch.zeros(2))
+    assert len(synced) == 1
+    assert torch.equal(load_file(tmp_path / "x")["t"], torch.ones(2))
+
+
 def test_an_exception_leaves_an_older_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text("old")

@@ -76,6 +76,14 @@ def test_a_manifest_that_is_none(tmp_path: Path, content: object, message: str) 
         verify_manifest(tmp_path)
 
 
+def test_every_byte_of_a_manifest_counts(tmp_path: Path) -> None:
+    make(tmp_path)
+    path = tmp_path / MANIFEST
+    path.write_text(path.read_text().replace("  ", "\t", 1))
+    with pytest.raises(FormatError, match="is not as it was written: it is damaged or was edited"):
+        verify_manifest(tmp_path)
+
+
 def test_names_in_a_manifest_never_leave_the_directory(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     inside = tmp_path / "inside"

@@ -75,6 +75,7 @@ def demo(
 
 def measure(model: Path) -> "dict[str, ModelErrorReport]":
     """Codebook -> errors of the matrices of all layers, as bfloat16 first."""
+    import torch
     from gguf import GGUFReader
 
     from halfbyte.formats.error_report import ErrorReport, ModelErrorReport, error_report
@@ -84,13 +85,20 @@ def measure(model: Path) -> "dict[str, ModelErrorReport]":
     layers = [
         t for t in GGUFReader(model).tensors if t.name.startswith("blk.") and len(t.shape) > 1
     ]
-    with show_progress("quantizing", len(layers)) as advance:
-        for tensor in layers:
-            weight = _decode(tensor)
-            for codebook, reports in found.items():
-                quantized = quantize(weight, codebook, name=tensor.name)
-                reports.append(error_report(weight, quantized, name=tensor.name))
-            advance(1)
+    num_threads = torch.get_num_threads()
+    # One thread: the work is many short steps, and on a busy machine two threads wait for each
+    # other at every one of them (over ten minutes instead of one, at a load of 11).
+    torch.set_num_threads(1)
+    try:
+        with show_progress("quantizing", len(layers)) as advance:
+            for tensor in layers:
+                weight = _decode(tensor)
+                for codebook, reports in found.items():
+                    quantized = quantize(weight, codebook, name=tensor.name)
+                    reports.append(error_report(weight, quantized, name=tensor.name))
+                advance(1)
+    finally:
+        torch.set_num_threads(num_threads)
     return {codebook: ModelErrorReport(tuple(reports)) for codebook, reports in found.items()}
 
 

@@ -27,7 +27,7 @@ def inspect(
     *,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
 ) -> None:
-    """Explain a model, adapter, checkpoint or run directory, or a safetensors file.
+    """Explain a model, adapter, checkpoint or run directory, or a safetensors or GGUF file.
 
     Reads headers and small JSON files only: it costs neither memory nor trust. What does not agree
     or cannot be known is said on lines that begin with an exclamation mark.
@@ -71,13 +71,14 @@ def _inspect_directory(path: Path) -> "Inspection":
 
 
 def _inspect_file(path: Path) -> "Inspection":
+    from halfbyte.cli.inspect_gguf import inspect_gguf
     from halfbyte.cli.inspect_model import inspect_safetensors
     from halfbyte.storage.files import open_regular, read_exactly
 
     with open_regular(path) as (descriptor, status):
         begin = read_exactly(descriptor, min(4, status.st_size), 0, path)
     if begin == GGUF_MAGIC:
-        raise UnsupportedError(f"{path}: GGUF files are not looked into yet")
+        return inspect_gguf(path)
     if begin == ZIP_MAGIC or begin[:1] == PICKLE_MAGIC:
         raise UnsupportedError(
             f"{path}: a pickle, and opening one runs code: not looked into",
