@@ -41,7 +41,8 @@ SANITIZE = [
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
     "-fno-omit-frame-pointer",
-    "-g",
+    "-g1",
+    "-O1",
 ]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from halfbyte.generation.engine import Engine
 from halfbyte.generation.sampling import Sampling
@@ -70,21 +71,26 @@ def test_greedy_text_equals_that_of_transformers(name: str, request: pytest.Fixt
         assert tokens == expected
 
 
+def agreement(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """Relative distance of logits, and the fraction of positions with the same best token."""
+    ours, theirs = ours.float(), theirs.float()
+    distance = (ours - theirs).norm() / theirs.norm()
+    return distance.item(), (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()
+
+
 def require_equal_logits(directory: Path, theirs: Any) -> None:
     tokens = torch.randint(0, 40_000, (200,), generator=torch.Generator().manual_seed(0))
     decoder = load_decoder(directory, compute_dtype=torch.float32)
-    ours = decoder.logits(tokens, pack([200])).float()
+    ours = decoder.logits(tokens, pack([200]))
     with torch.no_grad():
-        expected = theirs(tokens[None]).logits[0].float()
+        expected = theirs(tokens[None]).logits[0]
+    distance, same = agreement(ours, expected)
     # bitsandbytes rounds decoded weights to bfloat16 (2^-9 of each, the dtype they were stored
     # from) before it multiplies in float32; ours are decoded to float32. Independent errors of
     # relative size 2^-9 / sqrt(3) a weight leave about 2^-9 a product, in 30 layers with 7
-    # products of which the residual stream averages: within 2^-6. Logits are about 4 large, and
-    # the divergence is half the variance of their error: (4 * 2^-6)^2 / 2.
-    assert (ours - expected).norm() < 2**-6 * expected.norm()
-    log_ours, log_theirs = ours.log_softmax(-1), expected.log_softmax(-1)
-    divergence = (log_theirs.exp() * (log_theirs - log_ours)).sum(-1)
-    assert divergence.mean() < 2**-9
+    # products of which the residual stream averages: within 2^-6.
+    assert distance < 2**-6
+    assert same >= 0.97
 
 
 def test_transformers_with_bitsandbytes_loads_our_directory(smollm2: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ namespace {
 class Expander16 {
  public:
   using Type = uint16_t;
-  static constexpr int64_t kStep = 32;
+  static constexpr int64_t kStep = 32, kPad = 32;
 
   explicit Expander16(const uint16_t* values) {
     const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
@@ -54,7 +54,7 @@ class Expander16 {
 class Expander32 {
  public:
   using Type = float;
-  static constexpr int64_t kStep = 8;
+  static constexpr int64_t kStep = 8, kPad = 8;
 
   explicit Expander32(const float* values)
       : low_(_mm256_loadu_ps(values)), high_(_mm256_loadu_ps(values + 8)) {}
@@ -110,7 +110,7 @@ struct Micro {
   using Element = float;
   using Vector = __m256;
   using Sum = __m256;
-  static constexpr int kRows = 3, kColumns = 4, kStep = 8;
+  static constexpr int kRows = 3, kColumns = 4, kStep = 8, kPad = 8;
   static constexpr int64_t kDepth = 1024, kPanel = 16;
 
   static Sum zero() { return _mm256_setzero_ps(); }
@@ -124,13 +124,14 @@ struct Micro {
   }
 
   struct Decoder {
-    explicit Decoder(const Quantized& w) : weight(w) {}
-    void decode(int64_t begin, int64_t end, float* out) const {
+    explicit Decoder(const Quantized& w, int64_t) : weight(w) {}
+    int64_t decode(int64_t begin, int64_t end, float* out) const {
       for_each_block(weight, begin, end, [&](float scale, int64_t from, int64_t to) {
         float values[16];
         rounded_table<dtype>(weight.table, scale, values);
         expand<Expander32>(weight.codes, values, from, to, out + (from - begin));
       });
+      return end - begin;
     }
     const Quantized& weight;
   };
@@ -154,7 +155,7 @@ const Kernels kAvx2 = {
     .prepared_bytes = avx2::Linear::prepared_bytes,
     .prepare = avx2::Linear::prepare,
     .linear = avx2::Linear::run,
-    .few_rows = {64, 64, 64},
+    .few_rows = {128, 64, INT64_MAX},
 };
 
 }  // namespace halfbyte

@@ -188,10 +188,11 @@ void dequantize_4bit_fast(const Quantized& weight, int64_t begin, int64_t end, D
                           void* out) {
   with_dtype(dtype, [&]<DType d>() {
     const BlockTable<d> table(weight.table);
-    for_each_block(weight, begin, end, [&](float scale, int64_t from, int64_t to) {
-      auto* target = static_cast<typename Element<d>::Type*>(out) + (from - begin);
-      expand(weight.codes, table.scaled(scale), from, to, target);
-    });
+    for_each_block<decode_scales_fast>(
+        weight, begin, end, [&](float scale, int64_t from, int64_t to) {
+          auto* target = static_cast<typename Element<d>::Type*>(out) + (from - begin);
+          expand(weight.codes, table.scaled(scale), from, to, target);
+        });
   });
 }
 
@@ -211,7 +212,7 @@ const Kernels kAvx512Bf16 = {
     .prepared_bytes = avx512::prepared_bytes,
     .prepare = avx512::prepare,
     .linear = avx512::linear,
-    .few_rows = {64, 64, 64},
+    .few_rows = {256, 64, INT64_MAX},
 };
 
 }  // namespace halfbyte

@@ -71,6 +71,26 @@ void store16(uint16_t* out, __mmask16 lanes, __m512 v, Float16) {
   _mm256_mask_storeu_epi16(out, lanes, narrow_float16(v));
 }
 
+// As `decode_scales`, 16 at a time.
+void decode_scales_fast(const Scales& scales, int64_t first, int64_t count, float* out) {
+  if (scales.plain != nullptr) return decode_scales(scales, first, count, out);
+  const __m512 offset = _mm512_set1_ps(scales.offset);
+  for (int64_t i = 0; i < count;) {
+    const int64_t group = (first + i) / scales.nested_block_size;
+    const int64_t left = (group + 1) * scales.nested_block_size - (first + i);
+    const int64_t stop = i + smaller(left, count - i);
+    const __m512 nested = _mm512_set1_ps(scales.nested_scales[group]);
+    for (; i < stop; i += 16) {
+      const __mmask16 lanes = first16(stop - i);
+      const __m512i code =
+          _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, scales.codes + first + i));
+      const __m512 value = _mm512_mul_ps(_mm512_i32gather_ps(code, scales.nested_table, 4), nested);
+      _mm512_mask_storeu_ps(out + i, lanes, _mm512_add_ps(value, offset));
+    }
+    i = stop;
+  }
+}
+
 // The 16 values of a codebook times the scale of a block, rounded to the output's dtype.
 template <DType dtype>
 class BlockTable;
@@ -120,6 +140,17 @@ class BlockTable<DType::kBFloat16> {
     return narrow_bfloat16(products);
   }
   __m512i scaled(float scale) const { return _mm512_broadcast_i64x4(row(scale)); }
+
+  // The tables of two blocks, that of the first in the lower half.
+  __m512i pair(float first, float second) const {
+    const __m512 low = _mm512_mul_ps(table_, _mm512_set1_ps(first));
+    const __m512 high = _mm512_mul_ps(table_, _mm512_set1_ps(second));
+    if (__builtin_expect(plain(first) & plain(second), 1)) {
+      return __m512i(_mm512_cvtne2ps_pbh(high, low));
+    }
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bfloat16(low)), narrow_bfloat16(high),
+                              1);
+  }
 
  private:
   __m512 table_;

@@ -2,8 +2,9 @@
 //
 // bfloat16: `vdpbf16ps` multiplies the very bfloat16 weights that dequantizing would write. Where
 // blocks and rows are cut at multiples of 64 elements, both operands are kept in an order that
-// decodes without shuffling nibbles: 32 bytes are 16 words, and shifting the words by 0, 4, 8 and
-// 12 bits gives four registers of table indices. A sum does not mind the order of its terms.
+// decodes without shuffling nibbles: 64 bytes are 32 words, and shifting the words gives four
+// registers of table indices. A fifth bit of the index selects between the tables of two blocks. A
+// sum does not mind the order of its terms.
 
 #if defined(__x86_64__)
 
@@ -28,16 +29,12 @@
 namespace halfbyte::avx512 {
 namespace {
 
-constexpr int64_t kChunk = 64;  // elements in the shuffled order
+constexpr int64_t kChunk = 64;         // elements that share a scale
+constexpr int64_t kPair = 2 * kChunk;  // elements in the shuffled order
+constexpr int64_t kAhead = 1024;       // bytes of codes to fetch before they are needed
 
-// Element 4 w + kOrder[v] of a chunk is word w of vector v.
-constexpr int kOrder[4] = {1, 0, 3, 2};
-
-float sum_of(__m256 v) {
-  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
+// Element 4 w + kOrder[v] of either chunk of a pair is word w of its half of vector v.
+constexpr int kOrder[4] = {1, 3, 0, 2};
 
 __m256 halves_added(__m512 v) {
   return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
@@ -50,24 +47,37 @@ void reduce4(const __m512* sums, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
 }
 
-// The four vectors of a chunk in shuffled order.
-struct Chunk {
-  Chunk(const uint8_t* codes, __m256i table) {
-    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-    // A shuffle of 16 words reads 4 bits of each index.
-    vectors[0] = _mm256_permutexvar_epi16(words, table);
-    vectors[1] = _mm256_permutexvar_epi16(_mm256_srli_epi16(words, 4), table);
-    vectors[2] = _mm256_permutexvar_epi16(_mm256_srli_epi16(words, 8), table);
-    vectors[3] = _mm256_permutexvar_epi16(_mm256_srli_epi16(words, 12), table);
+// The four vectors of a pair of chunks in shuffled order.
+struct Pair {
+  Pair(__m512i codes, __m512i tables) {
+    const __m512i nibbles = _mm512_set1_epi8(15);
+    const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
+    // (a & nibbles) | second
+    const __m512i low = _mm512_ternarylogic_epi64(codes, nibbles, second, 0xea);
+    const __m512i high =
+        _mm512_ternarylogic_epi64(_mm512_srli_epi16(codes, 4), nibbles, second, 0xea);
+    // A shuffle of 32 words reads 5 bits of each index.
+    vectors[0] = _mm512_permutexvar_epi16(low, tables);
+    vectors[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(low, 8), tables);
+    vectors[2] = _mm512_permutexvar_epi16(high, tables);
+    vectors[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(high, 8), tables);
   }
-  __m256i vectors[4];
+
+  // A single chunk at the end of a row: the other half is zero.
+  static Pair half(const uint8_t* codes, __m256i table) {
+    const __m512i zero = _mm512_setzero_si512();
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    return Pair(_mm512_inserti64x4(zero, bytes, 0), _mm512_inserti64x4(zero, table, 0));
+  }
+
+  __m512i vectors[4];
 };
 
 struct BFloat16Arithmetic {
   using Element = uint16_t;
   using Vector = __m512i;
   using Sum = __m512;
-  static constexpr int kRows = 6, kColumns = 4, kStep = 32;
+  static constexpr int kRows = 6, kColumns = 4, kStep = 32, kPad = 32;
   static constexpr int64_t kDepth = 2048, kPanel = 32;
 
   static Sum zero() { return _mm512_setzero_ps(); }
@@ -80,11 +90,13 @@ struct BFloat16Arithmetic {
 
 struct OrderedMicro : BFloat16Arithmetic {
   struct Decoder {
-    explicit Decoder(const Quantized& w) : weight(w), table(w.table) {}
-    void decode(int64_t begin, int64_t end, uint16_t* out) const {
-      for_each_block(weight, begin, end, [&](float scale, int64_t from, int64_t to) {
-        expand(weight.codes, table.scaled(scale), from, to, out + (from - begin));
-      });
+    explicit Decoder(const Quantized& w, int64_t) : weight(w), table(w.table) {}
+    int64_t decode(int64_t begin, int64_t end, uint16_t* out) const {
+      for_each_block<decode_scales_fast>(
+          weight, begin, end, [&](float scale, int64_t from, int64_t to) {
+            expand(weight.codes, table.scaled(scale), from, to, out + (from - begin));
+          });
+      return end - begin;
     }
     const Quantized& weight;
     const BlockTable<DType::kBFloat16> table;
@@ -92,22 +104,46 @@ struct OrderedMicro : BFloat16Arithmetic {
 };
 
 struct ShuffledMicro : BFloat16Arithmetic {
+  static constexpr int kPad = kPair;
+
   struct Decoder {
-    explicit Decoder(const Quantized& w) : weight(w), table(w.table) {}
-    void decode(int64_t begin, int64_t end, uint16_t* out) const {
-      for_each_block(weight, begin, end, [&](float scale, int64_t from, int64_t to) {
-        const __m256i values = table.row(scale);
-        uint16_t* target = out + (from - begin);
-        for (; from < to; from += kChunk, target += kChunk) {
-          const Chunk chunk(weight.codes + from / 2, values);
-          for (int v = 0; v < 4; ++v) {
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + 16 * v), chunk.vectors[v]);
-          }
-        }
-      });
+    explicit Decoder(const Quantized& w, int64_t in_features)
+        : weight(w), table(w.table), ahead(in_features / 2) {}
+
+    // Whole chunks. Pieces of a row are too short for the processor to foresee the next row's.
+    int64_t decode(int64_t begin, int64_t end, uint16_t* out) const {
+      const int shift = __builtin_ctzll(uint64_t(weight.block_size));
+      const int64_t block = begin >> shift;
+      float decoded[kDepth / kChunk + 16];
+      const float* scales = weight.scales.plain + block;
+      if (weight.scales.plain == nullptr) {
+        decode_scales_fast(weight.scales, block, ((end - 1) >> shift) - block + 1, decoded);
+        scales = decoded;
+      }
+      const uint8_t* codes = weight.codes + (begin >> 1);
+      const int64_t offset = begin - (block << shift);
+      const int64_t depth = end - begin;
+      int64_t k = 0;
+      for (; k + kPair <= depth; k += kPair, codes += kPair / 2) {
+        _mm_prefetch(reinterpret_cast<const char*>(codes + ahead), _MM_HINT_T0);
+        const __m512i tables =
+            table.pair(scales[(offset + k) >> shift], scales[(offset + k + kChunk) >> shift]);
+        store(Pair(_mm512_loadu_si512(codes), tables), out + k);
+      }
+      if (k < depth) {
+        store(Pair::half(codes, table.row(scales[(offset + k) >> shift])), out + k);
+        k += kPair;
+      }
+      return k;
     }
+
+    static void store(const Pair& pair, uint16_t* out) {
+      for (int v = 0; v < 4; ++v) _mm512_storeu_si512(out + 32 * v, pair.vectors[v]);
+    }
+
     const Quantized& weight;
     const BlockTable<DType::kBFloat16> table;
+    const int64_t ahead;  // bytes of codes to the same piece of the next row
   };
 };
 
@@ -116,7 +152,7 @@ struct FloatMicro {
   using Element = float;
   using Vector = __m512;
   using Sum = __m512;
-  static constexpr int kRows = 6, kColumns = 4, kStep = 16;
+  static constexpr int kRows = 6, kColumns = 4, kStep = 16, kPad = 16;
   static constexpr int64_t kDepth = 1024, kPanel = 32;
 
   static Sum zero() { return _mm512_setzero_ps(); }
@@ -125,13 +161,16 @@ struct FloatMicro {
   static void reduce(const Sum* sums, float* out) { reduce4(sums, out); }
 
   struct Decoder {
-    explicit Decoder(const Quantized& w) : weight(w), table(_mm512_loadu_ps(w.table)) {}
-    void decode(int64_t begin, int64_t end, float* out) const {
-      for_each_block(weight, begin, end, [&](float scale, int64_t from, int64_t to) {
-        __m512 values = _mm512_mul_ps(table, _mm512_set1_ps(scale));
-        if constexpr (dtype == DType::kFloat16) values = _mm512_cvtph_ps(narrow_float16(values));
-        expand(weight.codes, values, from, to, out + (from - begin));
-      });
+    explicit Decoder(const Quantized& w, int64_t) : weight(w), table(_mm512_loadu_ps(w.table)) {}
+    int64_t decode(int64_t begin, int64_t end, float* out) const {
+      for_each_block<decode_scales_fast>(
+          weight, begin, end, [&](float scale, int64_t from, int64_t to) {
+            __m512 values = _mm512_mul_ps(table, _mm512_set1_ps(scale));
+            if constexpr (dtype == DType::kFloat16)
+              values = _mm512_cvtph_ps(narrow_float16(values));
+            expand(weight.codes, values, from, to, out + (from - begin));
+          });
+      return end - begin;
     }
     const Quantized& weight;
     const __m512 table;
@@ -144,96 +183,190 @@ bool can_shuffle(const Quantized& weight, const LinearShape& shape) {
   return weight.block_size >= kChunk && shape.in_features % kChunk == 0;
 }
 
-int64_t bfloat16_stride(const LinearShape& shape) {
-  return round_up(shape.in_features, BFloat16Arithmetic::kStep);
+int64_t bfloat16_stride(const Quantized& weight, const LinearShape& shape) {
+  return round_up(shape.in_features,
+                  can_shuffle(weight, shape) ? ShuffledMicro::kPad : OrderedMicro::kPad);
 }
 
 void shuffle_row(const uint16_t* x, int64_t count, uint16_t* out) {
-  uint16_t first[32], second[32];
-  for (int v = 0; v < 2; ++v) {
-    for (int w = 0; w < 16; ++w) {
-      first[16 * v + w] = uint16_t(4 * w + kOrder[v]);
-      second[16 * v + w] = uint16_t(4 * w + kOrder[v + 2]);
-    }
+  // Word w of vector v takes element 4 w + kOrder[v]: 32 words of two registers at a time.
+  uint16_t places[2][32];
+  for (int v = 0; v < 4; ++v) {
+    for (int w = 0; w < 16; ++w) places[v / 2][16 * (v % 2) + w] = uint16_t(4 * w + kOrder[v]);
   }
-  const __m512i first_order = _mm512_loadu_si512(first);
-  const __m512i second_order = _mm512_loadu_si512(second);
-  for (int64_t i = 0; i < count; i += kChunk) {
-    const __m512i low = _mm512_loadu_si512(x + i);
-    const __m512i high = _mm512_loadu_si512(x + i + 32);
-    _mm512_storeu_si512(out + i, _mm512_permutex2var_epi16(low, first_order, high));
-    _mm512_storeu_si512(out + i + 32, _mm512_permutex2var_epi16(low, second_order, high));
+  const __m512i order[2] = {_mm512_loadu_si512(places[0]), _mm512_loadu_si512(places[1])};
+  for (int64_t i = 0; i < count; i += kPair, out += kPair) {
+    const bool whole = i + kPair <= count;
+    const __m512i zero = _mm512_setzero_si512();
+    const __m512i source[4] = {_mm512_loadu_si512(x + i), _mm512_loadu_si512(x + i + 32),
+                               whole ? _mm512_loadu_si512(x + i + 64) : zero,
+                               whole ? _mm512_loadu_si512(x + i + 96) : zero};
+    for (int v = 0; v < 4; v += 2) {
+      const __m512i first = _mm512_permutex2var_epi16(source[0], order[v / 2], source[1]);
+      const __m512i second = _mm512_permutex2var_epi16(source[2], order[v / 2], source[3]);
+      _mm512_storeu_si512(out + 32 * v, _mm512_shuffle_i64x2(first, second, 0x44));
+      _mm512_storeu_si512(out + 32 * v + 32, _mm512_shuffle_i64x2(first, second, 0xee));
+    }
   }
 }
 
-// Decoding in registers pays while few rows use each weight.
-constexpr int64_t kMaxDirectRows = 4;
+// Scales of double quantization, looked up in the second-level table times a second-level scale:
+// 256 products serve as many blocks as that scale does.
+class NestedScales {
+ public:
+  explicit NestedScales(const Scales& scales) : scales_(scales) {}
 
-// Outputs [begin, end) for kRows rows, with no weight written anywhere.
+  // Makes blocks from `block` to before the result readable.
+  int64_t open(int64_t block) {
+    if (block < begin_ || block >= end_) {
+      const int64_t group = block / scales_.nested_block_size;
+      begin_ = group * scales_.nested_block_size;
+      end_ = begin_ + scales_.nested_block_size;
+      const __m512 nested = _mm512_set1_ps(scales_.nested_scales[group]);
+      const __m512 offset = _mm512_set1_ps(scales_.offset);
+      for (int i = 0; i < 256; i += 16) {
+        const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(scales_.nested_table + i), nested);
+        _mm512_store_ps(values_ + i, _mm512_add_ps(products, offset));
+      }
+    }
+    return end_;
+  }
+
+  float operator[](int64_t block) const { return values_[scales_.codes[block]]; }
+
+ private:
+  const Scales& scales_;
+  int64_t begin_ = 0, end_ = 0;
+  alignas(64) float values_[256];
+};
+
+// Decoding in registers pays while few rows use each weight.
+constexpr int64_t kMaxDirectRows = 6;
+constexpr int64_t kMinNestedBlock = 32;  // below, the products of NestedScales do not pay
+
+// Sums of a row: four chains hide the latency of one row, two are enough for several.
 template <int kRows>
+struct DirectSums {
+  static constexpr int kChains = kRows < 4 ? 4 : 2;
+
+  DirectSums() {
+    for (auto& row : sums) {
+      for (auto& sum : row) sum = _mm512_setzero_ps();
+    }
+  }
+
+  // `x` is at the pair in the first of the prepared rows.
+  void add(const Pair& pair, const uint16_t* x, int64_t stride) {
+    for (int m = 0; m < kRows; ++m) {
+      for (int v = 0; v < 4; ++v) {
+        const __m512i source = _mm512_loadu_si512(x + m * stride + 32 * v);
+        sums[m][v % kChains] =
+            _mm512_dpbf16_ps(sums[m][v % kChains], __m512bh(source), __m512bh(pair.vectors[v]));
+      }
+    }
+  }
+
+  float total(int m) const {
+    __m512 sum = _mm512_add_ps(sums[m][0], sums[m][1]);
+    if constexpr (kChains == 4) sum = _mm512_add_ps(sum, _mm512_add_ps(sums[m][2], sums[m][3]));
+    const __m256 half = halves_added(sum);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
+
+  __m512 sums[kRows][kChains];
+};
+
+// Outputs [begin, end) for kRows rows, with no weight written anywhere. With `nested`, a second-
+// level scale never ends inside a pair.
+template <int kRows, bool nested>
 void multiply_direct(const Quantized& weight, const LinearShape& shape, const uint16_t* x,
-                     int64_t begin, int64_t end, const uint16_t* bias, uint16_t* y) {
+                     int64_t stride, int64_t begin, int64_t end, const uint16_t* bias,
+                     uint16_t* y) {
   static thread_local Scratch scale_memory;
   const int64_t depth = shape.in_features;
   const int shift = __builtin_ctzll(uint64_t(weight.block_size));
-  float* decoded = scale_memory.get<float>((depth >> shift) + 2);
   const BlockTable<DType::kBFloat16> table(weight.table);
+  NestedScales nested_scales(weight.scales);
   for (int64_t n = begin; n < end; ++n) {
     const int64_t first = n * depth;
-    const int64_t block = first >> shift;
-    const float* scales = weight.scales.plain + block;
-    if (weight.scales.plain == nullptr) {
-      decode_scales(weight.scales, block, ((first + depth - 1) >> shift) - block + 1, decoded);
-      scales = decoded;
-    }
-    const int64_t offset = first - (block << shift);
-    __m256 sums[kRows][4];
-    for (auto& row : sums) {
-      for (auto& sum : row) sum = _mm256_setzero_ps();
-    }
-    for (int64_t k = 0; k < depth; k += kChunk) {
-      const Chunk chunk(weight.codes + (first + k) / 2, table.row(scales[(offset + k) >> shift]));
-      for (int m = 0; m < kRows; ++m) {
-        for (int v = 0; v < 4; ++v) {
-          const auto* source = reinterpret_cast<const __m256i*>(x + m * depth + k + 16 * v);
-          sums[m][v] = _mm256_dpbf16_ps(sums[m][v], __m256bh(_mm256_loadu_si256(source)),
-                                        __m256bh(chunk.vectors[v]));
+    const uint8_t* codes = weight.codes + (first >> 1);
+    DirectSums<kRows> sums;
+    if constexpr (nested) {
+      for (int64_t k = 0; k < depth;) {
+        const int64_t readable = nested_scales.open((first + k) >> shift) << shift;
+        for (const int64_t stop = smaller(depth, readable - first); k < stop; k += kPair) {
+          _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead), _MM_HINT_T0);
+          const __m512i tables = table.pair(nested_scales[(first + k) >> shift],
+                                            nested_scales[(first + k + kChunk) >> shift]);
+          sums.add(Pair(_mm512_loadu_si512(codes), tables), x + k, stride);
+          codes += kPair / 2;
         }
+      }
+    } else {
+      const int64_t block = first >> shift;
+      const float* scales = weight.scales.plain + block;
+      if (weight.scales.plain == nullptr) {
+        float* decoded = scale_memory.get<float>((depth >> shift) + 17);
+        decode_scales_fast(weight.scales, block, ((first + depth - 1) >> shift) - block + 1,
+                           decoded);
+        scales = decoded;
+      }
+      const int64_t offset = first - (block << shift);
+      int64_t k = 0;
+      for (; k + kPair <= depth; k += kPair, codes += kPair / 2) {
+        _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead), _MM_HINT_T0);
+        const __m512i tables =
+            table.pair(scales[(offset + k) >> shift], scales[(offset + k + kChunk) >> shift]);
+        sums.add(Pair(_mm512_loadu_si512(codes), tables), x + k, stride);
+      }
+      if (k < depth) {
+        sums.add(Pair::half(codes, table.row(scales[(offset + k) >> shift])), x + k, stride);
       }
     }
     for (int m = 0; m < kRows; ++m) {
-      const __m256 total = _mm256_add_ps(_mm256_add_ps(sums[m][0], sums[m][1]),
-                                         _mm256_add_ps(sums[m][2], sums[m][3]));
       const float extra = bias == nullptr ? 0.0f : bfloat16_to_float(bias[n]);
-      y[m * shape.out_features + n] = float_to_bfloat16(sum_of(total) + extra);
+      y[m * shape.out_features + n] = float_to_bfloat16(sums.total(m) + extra);
     }
+  }
+}
+
+template <int kRows>
+void multiply_direct_or_fewer(const Quantized& weight, const LinearShape& shape, const uint16_t* x,
+                              int64_t stride, int64_t begin, int64_t end, const uint16_t* bias,
+                              uint16_t* y) {
+  if constexpr (kRows > 1) {
+    if (shape.rows < kRows) {
+      return multiply_direct_or_fewer<kRows - 1>(weight, shape, x, stride, begin, end, bias, y);
+    }
+  }
+  const int64_t nested = weight.scales.nested_block_size;
+  const bool pairs_stay_whole =
+      nested * weight.block_size % kPair == 0 && shape.in_features % kPair == 0;
+  if (weight.scales.plain == nullptr && nested >= kMinNestedBlock && pairs_stay_whole) {
+    multiply_direct<kRows, true>(weight, shape, x, stride, begin, end, bias, y);
+  } else {
+    multiply_direct<kRows, false>(weight, shape, x, stride, begin, end, bias, y);
   }
 }
 
 void run_shuffled(const Quantized& weight, const LinearShape& shape, const uint16_t* x,
                   int64_t begin, int64_t end, const void* bias, void* y) {
-  const auto* biases = static_cast<const uint16_t*>(bias);
-  auto* target = static_cast<uint16_t*>(y);
-  switch (shape.rows) {
-    case 1:
-      return multiply_direct<1>(weight, shape, x, begin, end, biases, target);
-    case 2:
-      return multiply_direct<2>(weight, shape, x, begin, end, biases, target);
-    case 3:
-      return multiply_direct<3>(weight, shape, x, begin, end, biases, target);
-    case kMaxDirectRows:
-      return multiply_direct<4>(weight, shape, x, begin, end, biases, target);
-    default:
-      return multiply<ShuffledMicro, DType::kBFloat16>(weight, shape, x, bfloat16_stride(shape),
-                                                       begin, end, bias, y);
+  const int64_t stride = bfloat16_stride(weight, shape);
+  if (shape.rows <= kMaxDirectRows) {
+    return multiply_direct_or_fewer<kMaxDirectRows>(weight, shape, x, stride, begin, end,
+                                                    static_cast<const uint16_t*>(bias),
+                                                    static_cast<uint16_t*>(y));
   }
+  multiply<ShuffledMicro, DType::kBFloat16>(weight, shape, x, stride, begin, end, bias, y);
 }
 
 }  // namespace
 
 int64_t prepared_bytes(const Quantized& weight, const LinearShape& shape, DType dtype) {
   if (dtype != DType::kBFloat16) return InFloat::prepared_bytes(weight, shape, dtype);
-  return shape.rows * bfloat16_stride(shape) * int64_t(sizeof(uint16_t));
+  return shape.rows * bfloat16_stride(weight, shape) * int64_t(sizeof(uint16_t));
 }
 
 void prepare(const Quantized& weight, const LinearShape& shape, DType dtype, const void* x,
@@ -241,7 +374,7 @@ void prepare(const Quantized& weight, const LinearShape& shape, DType dtype, con
   if (dtype != DType::kBFloat16) {
     return InFloat::prepare(weight, shape, dtype, x, begin, end, prepared);
   }
-  const int64_t stride = bfloat16_stride(shape);
+  const int64_t stride = bfloat16_stride(weight, shape);
   const bool shuffled = can_shuffle(weight, shape);
   for (int64_t m = begin; m < end; ++m) {
     const uint16_t* row = static_cast<const uint16_t*>(x) + m * shape.in_features;
@@ -261,8 +394,8 @@ void linear(const Quantized& weight, const LinearShape& shape, DType dtype, cons
   }
   const auto* x = static_cast<const uint16_t*>(prepared);
   if (can_shuffle(weight, shape)) return run_shuffled(weight, shape, x, begin, end, bias, y);
-  multiply<OrderedMicro, DType::kBFloat16>(weight, shape, x, bfloat16_stride(shape), begin, end,
-                                           bias, y);
+  multiply<OrderedMicro, DType::kBFloat16>(weight, shape, x, bfloat16_stride(weight, shape), begin,
+                                           end, bias, y);
 }
 
 }  // namespace halfbyte::avx512

@@ -22,6 +22,7 @@ namespace {
 constexpr int64_t kOutputUnit = 4;
 constexpr int64_t kWeightGrain = 1 << 17;  // weights a thread should get at least
 constexpr int64_t kCopyGrain = 1 << 15;    // elements of x
+constexpr int64_t kSlab = 256;             // rows for which a weight is decoded once
 
 struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }
@@ -41,8 +42,8 @@ void* prepared_memory(int64_t bytes) {
   return memory.get();
 }
 
-void multiply_fused(const Quantized& weight, const LinearShape& shape, DType dtype, const void* x,
-                    const void* bias, void* y) {
+void multiply_slab(const Quantized& weight, const LinearShape& shape, DType dtype, const void* x,
+                   const void* bias, void* y) {
   const Kernels& with = kernels();
   void* prepared = prepared_memory(with.prepared_bytes(weight, shape, dtype));
   const int64_t rows_each = std::max<int64_t>(1, kCopyGrain / shape.in_features);
@@ -61,6 +62,21 @@ void multiply_fused(const Quantized& weight, const LinearShape& shape, DType dty
     with.linear(weight, shape, dtype, prepared, b * kOutputUnit,
                 std::min(e * kOutputUnit, shape.out_features), bias, y);
   });
+}
+
+// A slab at a time, which bounds the memory for prepared rows and sums.
+void multiply_fused(const Quantized& weight, const LinearShape& shape, DType dtype, const Tensor& x,
+                    const std::optional<Tensor>& bias, const Tensor& y) {
+  const auto element = static_cast<int64_t>(x.element_size());
+  const auto* source = static_cast<const char*>(x.const_data_ptr());
+  auto* target = static_cast<char*>(y.mutable_data_ptr());
+  for (int64_t row = 0; row < shape.rows; row += kSlab) {
+    const LinearShape slab{std::min(kSlab, shape.rows - row), shape.in_features,
+                           shape.out_features};
+    multiply_slab(weight, slab, dtype, source + row * shape.in_features * element,
+                  bias.has_value() ? bias->const_data_ptr() : nullptr,
+                  target + row * shape.out_features * element);
+  }
 }
 
 void call(const char* op, const char* overload, StableIValue* stack) {
@@ -185,8 +201,7 @@ Tensor linear_4bit(const Tensor& x, const Tensor& codes, const Tensor& table, co
   const DType dtype = *dtype_of(x);
   if (shape.rows == 0) return y;
   if (shape.rows <= kernels().few_rows[static_cast<int>(dtype)]) {
-    multiply_fused(weight, shape, dtype, dense.const_data_ptr(),
-                   bias.has_value() ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr());
+    multiply_fused(weight, shape, dtype, dense, bias, y);
   } else {
     multiply_through_workspace(weight, shape, as_matrix(dense, shape.rows, in_features), bias,
                                as_matrix(y, shape.rows, out_features));

@@ -9,7 +9,9 @@
 //   Sum                        accumulator; zero(), multiply_add(Sum, Vector, Vector)
 //   load, reduce               a register from memory; NR accumulators to NR floats
 //   kRows (MR), kColumns (NR)  the tile; kDepth input features and kPanel outputs a panel
-//   Decoder                    Decoder(weight).decode(begin, end, Element* out)
+//   kPad                       both operands are filled with zeros to a multiple of it
+//   Decoder                    Decoder(weight, in_features).decode(begin, end, Element* out)
+//                              returns how many elements it wrote, zeros included
 
 #pragma once
 
@@ -88,7 +90,7 @@ void tile_of(int64_t rows, const typename Micro::Element* x, int64_t x_stride,
 }
 
 // Outputs [begin, end) of every row. `x` is prepared: dense rows of `x_stride` elements, a
-// multiple of kStep, zero beyond the input features.
+// multiple of kPad, zero beyond the input features.
 template <typename Micro, DType dtype>
 void multiply(const Quantized& weight, const LinearShape& shape, const typename Micro::Element* x,
               int64_t x_stride, int64_t begin, int64_t end, const void* bias, void* y) {
@@ -96,7 +98,7 @@ void multiply(const Quantized& weight, const LinearShape& shape, const typename 
   using Type = typename Micro::Element;
   static thread_local Scratch panel_memory;
   static thread_local Scratch sum_memory;
-  const typename Micro::Decoder decoder(weight);
+  const typename Micro::Decoder decoder(weight, shape.in_features);
   Type* panel = panel_memory.get<Type>(Micro::kPanel * Micro::kDepth);
   float* sums = sum_memory.get<float>(shape.rows * Micro::kPanel);
   const auto* biases = static_cast<const typename Out::Type*>(bias);
@@ -107,14 +109,13 @@ void multiply(const Quantized& weight, const LinearShape& shape, const typename 
     const int64_t padded_columns = round_up(columns, Micro::kColumns);
     for (int64_t k = 0; k < shape.in_features; k += Micro::kDepth) {
       const int64_t depth = smaller(Micro::kDepth, shape.in_features - k);
-      const int64_t padded = round_up(depth, Micro::kStep);
+      const int64_t padded = round_up(depth, Micro::kPad);
       for (int64_t j = 0; j < padded_columns; ++j) {
         Type* row = panel + j * Micro::kDepth;
         int64_t filled = 0;
         if (j < columns) {
           const int64_t first = (n + j) * shape.in_features + k;
-          decoder.decode(first, first + depth, row);
-          filled = depth;
+          filled = decoder.decode(first, first + depth, row);
         }
         for (; filled < padded; ++filled) row[filled] = Type{};
       }

@@ -103,14 +103,14 @@ void look_up(const uint8_t* codes, const T* values, int64_t begin, int64_t end, 
 }
 
 // Calls function(scale, from, to) for every block that [begin, end) touches.
-template <typename Function>
+template <auto kDecodeScales = decode_scales, typename Function>
 void for_each_block(const Quantized& weight, int64_t begin, int64_t end, Function function) {
   constexpr int64_t kScales = 64;
   float scales[kScales];
   const int64_t last = end > begin ? (end - 1) / weight.block_size + 1 : 0;
   for (int64_t block = begin / weight.block_size; block < last; block += kScales) {
     const int64_t count = smaller(kScales, last - block);
-    decode_scales(weight.scales, block, count, scales);
+    kDecodeScales(weight.scales, block, count, scales);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t first = (block + i) * weight.block_size;
       const int64_t from = first < begin ? begin : first;

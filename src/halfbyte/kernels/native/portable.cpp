@@ -14,7 +14,7 @@ struct Micro {
   typedef float Vector __attribute__((vector_size(16)));
   using Sum = Vector;
   using Element = float;
-  static constexpr int kRows = 2, kColumns = 4, kStep = 4;
+  static constexpr int kRows = 2, kColumns = 4, kStep = 4, kPad = 4;
   static constexpr int64_t kDepth = 1024, kPanel = 16;
 
   static Sum zero() { return Sum{}; }
@@ -31,13 +31,14 @@ struct Micro {
   }
 
   struct Decoder {
-    explicit Decoder(const Quantized& w) : weight(w) {}
-    void decode(int64_t begin, int64_t end, float* out) const {
+    explicit Decoder(const Quantized& w, int64_t) : weight(w) {}
+    int64_t decode(int64_t begin, int64_t end, float* out) const {
       for_each_block(weight, begin, end, [&](float scale, int64_t from, int64_t to) {
         float values[16];
         rounded_table<dtype>(weight.table, scale, values);
         look_up(weight.codes, values, from, to, out + (from - begin));
       });
+      return end - begin;
     }
     const Quantized& weight;
   };
@@ -61,7 +62,7 @@ const Kernels kPortable = {
     .prepared_bytes = portable::Linear::prepared_bytes,
     .prepare = portable::Linear::prepare,
     .linear = portable::Linear::run,
-    .few_rows = {64, 64, 64},
+    .few_rows = {16, 64, INT64_MAX},
 };
 
 }  // namespace halfbyte

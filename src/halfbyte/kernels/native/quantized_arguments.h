@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "checks.h"
 
 namespace halfbyte {
@@ -41,7 +43,9 @@ struct QuantizedArguments {
       result.scales.nested_table = static_cast<const float*>(nested_table->const_data_ptr());
       result.scales.nested_scales = static_cast<const float*>(nested_scales->const_data_ptr());
       result.scales.offset = static_cast<float>(nested_offset);
-      result.scales.nested_block_size = nested_block_size;
+      // One second-level block is all there can be; larger numbers would overflow in kernels.
+      result.scales.nested_block_size =
+          std::min(nested_block_size, std::max<int64_t>(1, num_scales));
     } else {
       problems.raise();
       result.scales.plain = static_cast<const float*>(scales.const_data_ptr());

@@ -1,0 +1,1 @@
+"""Comparisons with the peers, side by side in one process. Run `python -m benchmarks --help`."""

@@ -1,0 +1,209 @@
+"""Quantizing, dequantizing and multiplying against bitsandbytes and dense bfloat16."""
+
+import functools
+
+import bitsandbytes
+import torch
+from bitsandbytes import functional as peer
+from torch import Tensor
+from torch.nn import functional
+
+import halfbyte as hb
+from benchmarks.harness import GateError, Machine, Row, Subject, compare
+from halfbyte.formats.quantized_tensor import QuantizedTensor
+from halfbyte.kernels import linear_input_gradient
+
+SIDE = 4096
+NUMEL = SIDE * SIDE
+STORED = NUMEL / 2 + NUMEL / 64  # bytes of codes and 8-bit scales
+
+
+@functools.cache
+def dense() -> Tensor:
+    """The weight that everything here is about."""
+    return torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+@functools.cache
+def ours(*, double_quant: bool = True) -> QuantizedTensor:
+    """It in NF4."""
+    return hb.quantize(dense(), double_quant=double_quant)
+
+
+@functools.cache
+def theirs() -> tuple[Tensor, peer.QuantState]:
+    """It in bitsandbytes' NF4 with double quantization."""
+    codes, state = peer.quantize_4bit(dense(), quant_type="nf4", compress_statistics=True)
+    return codes, state
+
+
+@functools.cache
+def their_layer() -> bitsandbytes.nn.Linear4bit:
+    """A layer for inference; it repacks its weight at the first call."""
+    layer = bitsandbytes.nn.Linear4bit(
+        SIDE, SIDE, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+    )
+    layer.load_state_dict({"weight": dense()})
+    return layer.to("cpu").eval()
+
+
+def rows_of(count: int) -> Tensor:
+    """An input."""
+    return torch.randn(count, SIDE, generator=torch.Generator().manual_seed(count)).bfloat16()
+
+
+def require(condition: bool | Tensor, message: str) -> None:  # noqa: FBT001
+    """Raise unless the gate is green."""
+    if not condition:
+        raise GateError(message)
+
+
+def quantize_gate() -> None:
+    """First-level codes and scales are bitsandbytes', and so is what they decode to."""
+    q = hb.quantize(dense(), double_quant=False)
+    codes, state = peer.quantize_4bit(dense(), quant_type="nf4", compress_statistics=False)
+    require(torch.equal(q.codes, codes.reshape(-1)), "codes differ from bitsandbytes")
+    require(torch.equal(q.scales, state.absmax), "scales differ from bitsandbytes")
+    require(
+        torch.equal(q.dequantize().reshape(-1), peer.dequantize_4bit(codes, state).reshape(-1)),
+        "decoded weights differ from bitsandbytes",
+    )
+
+
+def linear_gate() -> None:
+    """Products equal those of the decoded weight, up to bfloat16 rounding."""
+    weight = ours().dequantize()
+    for count in (1, 5, 16, 128, 512):
+        x = rows_of(count)
+        for product, exact in (
+            (hb.linear(x, ours()), x.float() @ weight.float().T),
+            (linear_input_gradient(x, ours()), x.float() @ weight.float()),
+        ):
+            # Unit roundoff of bfloat16, and as much again for sums in another order.
+            worst = (product.float() - exact).abs().max() / exact.abs().max()
+            require(worst <= 2 * 2**-8, f"{count} rows: off by {worst:.2e} of the largest output")
+
+
+def measure_quantize(machine: Machine, turns: int) -> list[Row]:
+    """NF4 with double quantization."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = dense().to(dtype)
+        rows.append(
+            compare(
+                f"NF4 + double quantization, {SIDE}^2, {str(dtype).removeprefix('torch.')}",
+                lambda w=weight: hb.quantize(w),
+                {
+                    "bitsandbytes": lambda w=weight: peer.quantize_4bit(
+                        w, quant_type="nf4", compress_statistics=True
+                    )
+                },
+                max(3, turns // 3),
+                (machine.reading(weight.nbytes), "memory read"),
+                {"bitsandbytes": 25},
+            )
+        )
+    return rows
+
+
+def measure_dequantize(machine: Machine, turns: int) -> list[Row]:
+    """Into a buffer that is reused, and into a fresh one."""
+    out = torch.empty(SIDE, SIDE, dtype=torch.bfloat16)
+    codes, state = theirs()
+    fresh = {"bitsandbytes": lambda: peer.dequantize_4bit(codes, state)}
+    floor = (machine.writing(out.nbytes), "memory write")
+    return [
+        compare(
+            f"to bfloat16, {SIDE}^2, reused buffer",
+            lambda: ours().dequantize(out=out),
+            fresh,
+            turns,
+            floor,
+            {"bitsandbytes": 4},
+        ),
+        compare(
+            f"to bfloat16, {SIDE}^2, fresh tensor", lambda: ours().dequantize(), fresh, turns, floor
+        ),
+    ]
+
+
+INFERENCE_TARGETS = {
+    1: {"bitsandbytes": 1.3, "dense bf16": 4.0},
+    16: {"bitsandbytes": 1.2},
+    128: {"bitsandbytes": 1.05},
+}
+TRAINING_TARGETS = {512: {"dense bf16": 1 / 1.06}, 2048: {"dense bf16": 1 / 1.03}}
+DOUBLE_QUANTIZATION_TARGETS = {1: 1 / 1.05, 512: 1 / 1.01}
+
+
+def floor_of(machine: Machine, count: int) -> tuple[float, str]:
+    """Reading the codes or multiplying, whichever takes longer."""
+    reading, multiplying = machine.reading(STORED), machine.multiplying(2.0 * count * NUMEL)
+    return max((reading, "memory read"), (multiplying, "bfloat16 matmul"))
+
+
+def measure_linear(machine: Machine, turns: int) -> list[Row]:
+    """Inference, training forward and the input gradient, and what double quantization costs."""
+    weight, (codes, state) = dense(), theirs()
+    rows = []
+    with torch.inference_mode():
+        for count in (1, 2, 4, 8, 16, 32, 64, 128):
+            x = rows_of(count)
+            rows.append(
+                compare(
+                    f"inference, {count} rows",
+                    lambda x=x: hb.linear(x, ours()),
+                    {
+                        "bitsandbytes": lambda x=x: their_layer()(x),
+                        "dense bf16": lambda x=x: functional.linear(x, weight),
+                    },
+                    turns * 5 if count <= 16 else turns,  # noqa: PLR2004
+                    floor_of(machine, count),
+                    INFERENCE_TARGETS.get(count),
+                )
+            )
+    for count in (512, 2048):
+        x = rows_of(count)
+        rows += [
+            compare(
+                f"training forward, {count} rows",
+                lambda x=x: hb.linear(x, ours()),
+                {
+                    "bitsandbytes": lambda x=x: bitsandbytes.matmul_4bit(
+                        x, codes.t(), quant_state=state
+                    ),
+                    "dense bf16": lambda x=x: functional.linear(x, weight),
+                },
+                turns,
+                floor_of(machine, count),
+                TRAINING_TARGETS[count],
+            ),
+            compare(
+                f"input gradient, {count} rows",
+                lambda x=x: linear_input_gradient(x, ours()),
+                {"dense bf16": lambda x=x: x @ weight},
+                turns,
+                floor_of(machine, count),
+                TRAINING_TARGETS[count],
+            ),
+        ]
+    for count, least in DOUBLE_QUANTIZATION_TARGETS.items():
+        x = rows_of(count)
+        rows.append(
+            compare(
+                f"double-quantized scales, {count} rows",
+                lambda x=x: hb.linear(x, ours()),
+                {"plain scales": lambda x=x: hb.linear(x, ours(double_quant=False))},
+                turns * 5 if count == 1 else turns,
+                floor_of(machine, count),
+                {"plain scales": least},
+            )
+        )
+    return rows
+
+
+SUBJECTS = (
+    Subject("quantize", "Quantizing", quantize_gate, measure_quantize),
+    Subject("dequantize", "Dequantizing", quantize_gate, measure_dequantize),
+    Subject("linear", "Multiplying by a 4-bit weight, 4096^2", linear_gate, measure_linear),
+)
