@@ -21,6 +21,8 @@ PUBLIC = {
     "optim",
     "quantize",
     "quantize_model",
+    "resume",
+    "train",
 }
 
 

@@ -18,6 +18,8 @@ _HOMES = {
     "optim": "halfbyte.optim",
     "quantize": "halfbyte.formats.quantized_tensor",
     "quantize_model": "halfbyte.models.quantize_model",
+    "resume": "halfbyte.training.run",
+    "train": "halfbyte.training.api",
 }
 """Public name -> the module that defines it, or is it, imported when the name is first used."""
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from halfbyte.generation.model import load as load
     from halfbyte.kernels.linear import linear as linear
     from halfbyte.models.quantize_model import quantize_model as quantize_model
+    from halfbyte.training.api import train as train
+    from halfbyte.training.run import resume as resume
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  (PEP 562 fixes the signature)

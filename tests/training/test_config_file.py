@@ -48,11 +48,11 @@ def test_exponents_are_numbers(file: Path, text: str) -> None:
     [("600MB", 600_000_000), ("1.5GiB", 1610612736), ("2 gb", 2 * 10**9), ("4096", 4096)],
 )
 def test_sizes_have_units(file: Path, text: str, expected: int) -> None:
-    assert load_config(file, [f"memory.budget={text}"]).memory.budget == expected
+    assert load_config(file, [f"optimizer.fast_bytes={text}"]).optimizer.fast_bytes == expected
 
 
 def test_a_written_config_reads_back(file: Path, tmp_path: Path) -> None:
-    config = load_config(file, ["memory.budget=1GB", "lora.targets=[q_proj]", "data.eval=e"])
+    config = load_config(file, ["optimizer.fast_bytes=1GB", "lora.targets=[q_proj]", "data.eval=e"])
     write_config(config, tmp_path / "resolved.yaml")
     assert load_config(tmp_path / "resolved.yaml") == config
 
@@ -85,7 +85,7 @@ def test_required_keys_are_named() -> None:
         (MINIMAL + "model: n\n", "model is given twice"),
         (MINIMAL + "lora: 3\n", ":6: lora"),
         (MINIMAL + "optimizer:\n  betas: [0.9, 1.5]\n", ":7: optimizer.betas"),
-        (MINIMAL + "memory:\n  budget: lots\n", ":7: memory.budget"),
+        (MINIMAL + "optimizer:\n  fast_bytes: lots\n", ":7: optimizer.fast_bytes"),
     ],
 )
 def test_broken_files(file: Path, content: str, message: str) -> None:

@@ -82,6 +82,14 @@ def test_stopping_and_resuming_changes_no_bit(tmp_path: Path, step: int, name: s
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 
+def test_a_paged_optimizer_changes_no_bit_across_a_stop(tmp_path: Path) -> None:
+    train(train_at(tmp_path, "whole", *LONG))
+    paged = (*LONG, "optimizer.name=paged_adamw", "optimizer.fast_bytes=16MB")
+    train(train_at(tmp_path, "parts", *paged), StopAt(4))
+    resume(tmp_path / "parts")
+    assert results(tmp_path / "parts") == results(tmp_path / "whole")
+
+
 def test_every_step_is_recorded_once(tmp_path: Path) -> None:
     train(train_at(tmp_path, "run", *LONG), StopAt(3))
     resume(tmp_path / "run", StopAt(7))

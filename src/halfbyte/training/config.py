@@ -76,7 +76,8 @@ class TrainingSection(Section):
     tokens_per_step: Annotated[int, Field(ge=1)] = 4096
     """Tokens (trained on or not) of one optimizer step: the batch size."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens that go through the model at once; by default as many as fit, up to the step's."""
+    """Tokens that go through the model at once; by default 2048, or those of the longest document
+    if it has more, but never more than the step's."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     scheduler: Literal["constant", "linear", "cosine"] = "cosine"
@@ -93,8 +94,6 @@ class TrainingSection(Section):
     """Of initialisation, order of the data and dropout."""
     eval_steps: Annotated[int, Field(ge=1)] | None = None
     """Steps between evaluations; by default at the end of each epoch. Always at the end."""
-    eval_samples: Annotated[int, Field(ge=0)] = 0
-    """Held-out prompts that are completed and logged at each evaluation."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many evaluations in a row without a better held-out loss."""
     save_steps: Annotated[int, Field(ge=1)] | None = None
@@ -116,17 +115,15 @@ class OptimizerSection(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the second moment."""
     fast_bytes: Bytes | None = None
-    """Memory for the state of paged optimizers; by default what the plan leaves."""
+    """Memory for the state of a paged optimizer, which needs it; the others take none."""
 
 
 class MemorySection(Section):
     """What a run may use."""
 
-    budget: Bytes | None = None
-    """Peak resident memory; by default what the machine (or its cgroup) has available."""
-    recompute: Literal["none", "auto", "all"] = "auto"
-    """Which layers compute their activations again in the backward pass instead of keeping
-    them: `auto` as few as the budget allows."""
+    recompute: Literal["none", "all"] = "none"
+    """Whether layers compute their activations again in the backward pass instead of keeping
+    them: a third more arithmetic for a fraction of the memory."""
 
 
 class OutputSection(Section):
@@ -134,17 +131,13 @@ class OutputSection(Section):
 
     dir: str
     """The run directory."""
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
-    """Writers beside `metrics.jsonl`. They can never stop a run."""
-    merge: Literal["none", "bf16", "nf4"] = "none"
-    """Write a standalone model as well as the adapter."""
 
 
 class Config(Section):
     """A whole run."""
 
     model: str
-    """A model directory, or a hub id."""
+    """A model directory; `halfbyte quantize` makes one of a hub id or a GGUF file."""
     data: DataSection
     lora: LoraSpec = Field(default_factory=LoraSpec)
     training: TrainingSection = Field(default_factory=TrainingSection)

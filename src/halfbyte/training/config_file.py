@@ -52,7 +52,6 @@ OTHER_NAMES = {
     "optim": "optimizer.name",
     "gradient_checkpointing": "memory.recompute",
     "output_dir": "output.dir",
-    "report_to": "output.report_to",
     "save_total_limit": "training.keep_checkpoints",
     "logging_dir": "output.dir",
 }

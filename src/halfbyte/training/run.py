@@ -13,6 +13,7 @@ from halfbyte.storage.lock import lock_directory
 from halfbyte.text.tokenizer import Tokenizer
 from halfbyte.training.checkpoint import list_checkpoints, newest_valid
 from halfbyte.training.choices import Choices
+from halfbyte.training.choosing import choose
 from halfbyte.training.config import Config
 from halfbyte.training.config_file import load_config, write_config
 from halfbyte.training.export import export_result, provenance
@@ -20,7 +21,6 @@ from halfbyte.training.interruption import listen_for_stop
 from halfbyte.training.loss_plot import plot_losses
 from halfbyte.training.methods import TrainedModel, open_trained_model
 from halfbyte.training.metrics import METRICS_FILE
-from halfbyte.training.plan import choose
 from halfbyte.training.progress import Observer, Silent
 from halfbyte.training.run_data import RunData, open_run_data
 from halfbyte.training.session import Session, open_session

@@ -111,6 +111,7 @@ def open_session(
         settings.name,
         [dict(g) for g in weight_decay_groups(model.parameters.items(), training.weight_decay)],
         fast_bytes=settings.fast_bytes,
+        directory=directory,
         lr=training.learning_rate,
         betas=settings.betas,
         eps=settings.eps,

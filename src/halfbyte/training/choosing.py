@@ -1,4 +1,4 @@
-"""What a run will need, before it starts."""
+"""What the config leaves open, decided before the first step."""
 
 import torch
 
