@@ -7,24 +7,26 @@ Dimension key:
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.elementwise import rms_norm as kernel
 from halfbyte.layers.autograd import Context, apply
 from halfbyte.layers.weights import WeightRef, WeightStore, as_tensor
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Saves its input and one number a row; autograd would keep five float32 copies."""
+    """Saves its input only; autograd would keep five float32 copies."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight_D, inverse)
-        return (wide * inverse * weight_D).to(x.dtype)
+        ctx.save_for_backward(x, weight_D)
+        ctx.kept = eps
+        return kernel(x.contiguous(), weight_D, eps)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight_D, inverse = ctx.saved_tensors
-        normal = x.float() * inverse
+        x, weight_D = ctx.saved_tensors
+        normal = x.float()
+        inverse = torch.rsqrt(normal.square().mean(dim=-1, keepdim=True) + ctx.kept)
+        normal = normal * inverse
         wide = grad.float()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -46,9 +48,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad):
         return apply(_RMSNorm, x, weight_D, eps)
-    wide = x.float()
-    inverse = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True).add_(eps))
-    return (wide * inverse).mul_(weight_D).to(x.dtype)
+    return kernel(x.contiguous(), weight_D, eps)  # type: ignore[no-any-return]
 
 
 class Norm:

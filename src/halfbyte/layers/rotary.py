@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.elementwise import rotate_ as kernel
 from halfbyte.layers.autograd import Context, apply
 
 
@@ -110,11 +111,8 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x_THD: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    first, second = x_THD.float().chunk(2, dim=-1)
-    out = torch.empty_like(x_THD, memory_format=torch.contiguous_format)
-    half = x_THD.shape[-1] // 2
-    out[..., :half] = first * cosine - second * sine
-    out[..., half:] = second * cosine + first * sine
+    out = x_THD.detach().clone(memory_format=torch.contiguous_format)
+    kernel(out, cosine, sine)
     return out
 
 
@@ -129,3 +127,11 @@ def rotate(x_THD: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     if x_THD.requires_grad and torch.is_grad_enabled():
         return apply(_Rotate, x_THD, cosine, sine)
     return _rotated(x_THD, cosine, sine)
+
+
+def rotate_(x_THD: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """`rotate` in place where that is possible: no gradients, and `x` contiguous."""
+    if torch.is_grad_enabled() or not x_THD.is_contiguous():
+        return rotate(x_THD, cosine, sine)
+    kernel(x_THD, cosine, sine)
+    return x_THD

@@ -26,7 +26,7 @@ from halfbyte.layers.cross_entropy import Head
 from halfbyte.layers.linear import Linear, project
 from halfbyte.layers.lora import BASE_ONLY, Mix, Routing, route
 from halfbyte.layers.norm import Norm
-from halfbyte.layers.rotary import RotarySpec, inverse_frequencies, rotary_table, rotate
+from halfbyte.layers.rotary import RotarySpec, inverse_frequencies, rotary_table, rotate_
 from halfbyte.layers.segments import Segments
 from halfbyte.layers.weights import WeightRef, WeightStore
 from halfbyte.models.config import ModelConfig
@@ -119,7 +119,8 @@ class DecoderLayer:
         if self.query_norm is not None and self.key_norm is not None:
             q_THK, k_TGK = self.query_norm(q_THK), self.key_norm(k_TGK)
         cosine, sine = shared.angles[self.rotary]
-        q_THK, k_TGK = rotate(q_THK, cosine, sine), rotate(k_TGK, cosine, sine)
+        # In place where nothing is recorded: projections and norms made these for us alone.
+        q_THK, k_TGK = rotate_(q_THK, cosine, sine), rotate_(k_TGK, cosine, sine)
         if shared.cache is None:
             mixed = packed_attention(q_THK, k_TGK, v_TGK, shared.segments, self.attention)
         else:
