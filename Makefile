@@ -4,6 +4,9 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard src/halfbyte/kernels/native/*)
 CPP := $(filter %.cpp %.h,$(NATIVE))
 
+# Threads of the tests that wait for each other sleep: spinning starves whatever else runs here.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: install demo test check lint bench clean format
 
 # torch first: the extension is built against the torch that it will run with.

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 import typer
 
 from halfbyte import __version__, errors
+from halfbyte.__main__ import main
 from halfbyte.cli import app
 from halfbyte.cli.commands import COMMANDS, Command
 from halfbyte.cli.output import current_output
@@ -245,6 +247,20 @@ def test_the_module_runs_the_arguments_of_the_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main = importlib.import_module("halfbyte.__main__").main
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is put back
     monkeypatch.setattr(sys, "argv", ["halfbyte", "--version"])
     assert main() == 0
     assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_while_they_wait_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is put back
+    monkeypatch.setattr(sys, "argv", ["halfbyte", "--version"])
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if before is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", before)
+    assert main() == 0
+    assert os.environ["OMP_WAIT_POLICY"] == after
