@@ -23,7 +23,7 @@ SHAPES = [
     pytest.param(33, 100, 64, id="blocks-cross-rows"),
     pytest.param(9, 101, 32, id="rows-begin-inside-bytes"),
     pytest.param(70, 320, 256, id="wide-blocks-cross-rows"),
-    pytest.param(6, 2048 + 1088, 64, id="several-panels-deep"),
+    pytest.param(6, 4096 + 1088, 64, id="several-panels-deep"),
     pytest.param(7, 4096, 4096, id="a-block-a-row"),
 ]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 64]

@@ -78,7 +78,7 @@ struct BFloat16Arithmetic {
   using Vector = __m512i;
   using Sum = __m512;
   static constexpr int kRows = 6, kColumns = 4, kStep = 32, kPad = 32;
-  static constexpr int64_t kDepth = 2048, kPanel = 32;
+  static constexpr int64_t kDepth = 4096, kPanel = 8;
 
   static Sum zero() { return _mm512_setzero_ps(); }
   static Vector load(const uint16_t* p) { return _mm512_loadu_si512(p); }
