@@ -26,6 +26,9 @@ class Codebook:
     name: str
     values: tuple[float, ...]
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # hashing 256 values costs more than an operator call
+
     @property
     def max_gap(self) -> float:
         """Largest distance between neighbouring values within [-1, 1]."""
