@@ -88,7 +88,7 @@ def test_a_16_bit_model(model: Path, capsys: pytest.CaptureFixture[str]) -> None
         "bfloat16: 64,000 in 125.0 KiB; float32: 64 in 256 B",
         "runs here     yes",
         "none: there is no tokenizer.json",
-        "unknown: there is no provenance.json",
+        "unknown: there is no provenance.json or halfbyte.json",
     ):
         assert words in text
     assert record["kind"] == "model"
@@ -175,8 +175,14 @@ def test_tokenizer_and_provenance(model: Path, capsys: pytest.CaptureFixture[str
     assert "tokenizer.json, with a chat template" in explain(model, capsys)[0]
     write_json(model / "provenance.json", {"base": "abc" * 100, "steps": 7, "lora": {"r": 1}})
     text, record = explain(model, capsys)
-    assert f"base {('abc' * 100)[:100]}; steps 7; lora dict" in text
+    assert f"base {('abc' * 100)[:100]}; steps 7; lora.r 1" in text
     assert record["provenance"]["steps"] == "7"
+    assert record["provenance"]["lora.r"] == "1"
+    write_json(model / "halfbyte.json", {"quantizer": {"codebook": "nf4"}, "config": {"a": 1}})
+    text, record = explain(model, capsys)
+    assert "quantizer.codebook nf4" in text
+    assert "config" not in str(record["provenance"])
+    (model / "halfbyte.json").unlink()
     write_json(model / "provenance.json", {})
     assert "provenance.json says nothing" in explain(model, capsys)[0]
 

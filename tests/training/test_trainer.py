@@ -79,6 +79,20 @@ def test_the_base_is_not_changed(tmp_path: Path, method: str) -> None:
     assert fingerprint() == before
 
 
+def test_the_adapter_names_its_base_by_fingerprint(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "training.max_steps=1")
+    record = {"version": 1, "fingerprint": "f" * 64, "quantizer": {"codebook": "nf4"}, "x": 1}
+    (Path(config.model) / "halfbyte.json").write_text(json.dumps(record))
+    train(config)
+    provenance = read_adapter(tmp_path / "run" / "adapter").provenance
+    assert provenance is not None
+    assert provenance["base"] == {
+        "path": config.model,
+        "fingerprint": "f" * 64,
+        "quantizer": {"codebook": "nf4"},
+    }
+
+
 def test_training_all_weights_leaves_a_model_that_opens(tmp_path: Path) -> None:
     from halfbyte.models.load import load_decoder  # noqa: PLC0415
 

@@ -91,14 +91,32 @@ def quantization_record(tensors: Sequence[StoredTensor]) -> JsonValue:
     }
 
 
+PROVENANCE_FILES = ("provenance.json", "halfbyte.json")
+"""What `train` and `quantize` leave beside their results."""
+
+
 def describe_provenance(directory: Path) -> tuple[str, JsonValue]:
-    """What `provenance.json` says, on a line and for machines; values are cut to 100 characters."""
-    provenance = read_optional_json(directory / "provenance.json")
-    if provenance is None:
-        return "unknown: there is no provenance.json", None
-    phrases = [f"{key:.40} {_shortened(value)}" for key, value in provenance.items()]
-    record: JsonValue = {key: _shortened(value) for key, value in provenance.items()}
-    return "; ".join(phrases) or "provenance.json says nothing", record
+    """What the files of provenance say, on a line and for machines.
+
+    Values are cut to 100 characters, and the config of a run is left out.
+    """
+    found = {name: read_optional_json(directory / name) for name in PROVENANCE_FILES}
+    names = [name for name, content in found.items() if content is not None]
+    if not names:
+        return f"unknown: there is no {' or '.join(PROVENANCE_FILES)}", None
+    record: dict[str, JsonValue] = {}
+    for content in found.values():
+        for key, value in (content or {}).items():
+            if key != "config":
+                record |= _flattened(f"{key:.40}", value)
+    phrases = [f"{key} {value}" for key, value in record.items()]
+    return "; ".join(phrases) or f"{' and '.join(names)} says nothing", record
+
+
+def _flattened(key: str, value: object) -> dict[str, JsonValue]:
+    if isinstance(value, dict):
+        return {f"{key}.{name:.40}": _shortened(below) for name, below in value.items()}
+    return {key: _shortened(value)}
 
 
 def pickle_doubts(directory: Path) -> list[str]:

@@ -90,4 +90,4 @@ def _base_record(directory: Path) -> dict[str, object]:
         record = read_json_object(directory / "halfbyte.json")
     except MissingFileError:
         return {}
-    return {key: record[key] for key in ("fingerprint", "quantization") if key in record}
+    return {key: record[key] for key in ("fingerprint", "quantizer") if key in record}
