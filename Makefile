@@ -4,8 +4,8 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard src/halfbyte/kernels/native/*)
 CPP := $(filter %.cpp %.h,$(NATIVE))
 
-# Threads of the tests that wait for each other sleep: spinning starves whatever else runs here.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads of the tests that wait for each other soon sleep: spinning starves whatever else runs here.
+export GOMP_SPINCOUNT ?= 2000
 
 .PHONY: install demo test check lint bench clean format
 

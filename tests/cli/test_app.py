@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from halfbyte import __version__, errors
-from halfbyte.__main__ import main
+from halfbyte.__main__ import SPINS, main
 from halfbyte.cli import app
 from halfbyte.cli.commands import COMMANDS, Command
 from halfbyte.cli.output import current_output
@@ -253,14 +253,22 @@ def test_the_module_runs_the_arguments_of_the_process(
     assert __version__ in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_sleep_while_they_wait_unless_told_otherwise(
-    monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, SPINS),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ],
+)
+def test_waiting_threads_soon_sleep_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, before: dict[str, str], after: str | None
 ) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is put back
     monkeypatch.setattr(sys, "argv", ["halfbyte", "--version"])
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if before is not None:
-        monkeypatch.setenv("OMP_WAIT_POLICY", before)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
     assert main() == 0
-    assert os.environ["OMP_WAIT_POLICY"] == after
+    assert os.environ.get("GOMP_SPINCOUNT") == after
