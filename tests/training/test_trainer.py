@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+import halfbyte as hb
 from halfbyte.adapters.peft_files import read_adapter
-from halfbyte.errors import ConfigError, DataError, MissingFileError, StorageError, TrainingError
+from halfbyte.errors import (
+    ConfigError,
+    DataError,
+    MissingFileError,
+    StorageError,
+    TrainingError,
+    VerificationError,
+)
 from halfbyte.formats.shards import open_shards
 from halfbyte.storage.fingerprint import fingerprint_tensors
 from halfbyte.training import checkpoint as checkpoint_module
@@ -91,6 +99,10 @@ def test_the_adapter_names_its_base_by_fingerprint(tmp_path: Path) -> None:
         "fingerprint": "f" * 64,
         "quantizer": {"codebook": "nf4"},
     }
+    hb.load(config.model, adapters=[tmp_path / "run" / "adapter"])
+    (Path(config.model) / "halfbyte.json").write_text(json.dumps(record | {"fingerprint": "0"}))
+    with pytest.raises(VerificationError, match="was trained on another base"):
+        hb.load(config.model, adapters=[tmp_path / "run" / "adapter"])
 
 
 def test_training_all_weights_leaves_a_model_that_opens(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from halfbyte.generation.stop_strings import StopStrings
 from halfbyte.layers.segments import pack
 from halfbyte.models.decoder import Decoder
 from halfbyte.models.load import DEFAULT_COMPUTE_DTYPE, load_decoder
+from halfbyte.models.record import recorded_fingerprint
 from halfbyte.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -203,5 +204,5 @@ def load(
     """
     decoder = load_decoder(model, compute_dtype=compute_dtype, resident=resident)
     if adapters:
-        attach_adapters(decoder, adapters)
+        attach_adapters(decoder, adapters, base=recorded_fingerprint(Path(model)))
     return Model(Path(model), decoder)

@@ -17,12 +17,12 @@ from halfbyte.formats.error_report import ModelErrorReport
 from halfbyte.formats.shards import DEFAULT_SHARD_BYTES
 from halfbyte.models.quantization_plan import Plan, Quantizer, kept_dtype, plan_quantization
 from halfbyte.models.quantization_run import Progress, write_weights
+from halfbyte.models.record import RECORD
 from halfbyte.models.sources import Source, json_bytes, open_source
 from halfbyte.storage.atomic import check_free_space, new_directory
 
 __all__ = ["Progress", "QuantizedModel", "quantize_model"]
 
-RECORD = "halfbyte.json"
 REPORT = "error_report.json"
 RECORD_VERSION = 1
 

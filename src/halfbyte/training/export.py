@@ -10,6 +10,7 @@ import halfbyte
 from halfbyte.adapters.peft_files import write_adapter
 from halfbyte.errors import MissingFileError
 from halfbyte.formats.safetensors_writer import write_safetensors
+from halfbyte.models.record import RECORD
 from halfbyte.storage.atomic import new_directory
 from halfbyte.storage.json_file import read_json_object
 from halfbyte.text.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ def _write_model(
 def _base_record(directory: Path) -> dict[str, object]:
     """What `halfbyte quantize` noted about the base; nothing for directories of others."""
     try:
-        record = read_json_object(directory / "halfbyte.json")
+        record = read_json_object(directory / RECORD)
     except MissingFileError:
         return {}
     return {key: record[key] for key in ("fingerprint", "quantizer") if key in record}
