@@ -8,7 +8,7 @@ from halfbyte.generation import engine as engine_module
 from halfbyte.generation.cache import RaggedCache, SequenceCache
 from halfbyte.generation.engine import Engine
 from halfbyte.generation.sampling import Sampling
-from halfbyte.layers.lora import LoraFactors
+from halfbyte.layers.lora import BASE_ONLY, LoraFactors, Mix
 from halfbyte.layers.segments import pack
 from halfbyte.models.decoder import Decoder
 from tiny_models import SIZES, make_decoder, make_oracle, random_tokens
@@ -123,14 +123,14 @@ def test_every_prompt_has_its_own_adapter() -> None:
             a = torch.randn(3, linear.in_features, generator=generator) * 0.2
             b = torch.randn(linear.out_features, 3, generator=generator) * 0.2
             linear.attach(name, LoraFactors(a, b, 1.0))
-    decoder.mixes = ((), (("a", 1.0),), (("a", 0.5), ("b", 0.5)))
-    together = run(decoder, PROMPTS, adapters=[2, 0, 1, 1])
+    a, both = (("a", 1.0),), (("a", 0.5), ("b", 0.5))
+    mixes: list[Mix] = [both, BASE_ONLY, a, a]
+    together = run(decoder, PROMPTS, mixes=mixes)
     alone = [
-        run(decoder, [prompt], adapters=[index])[0]
-        for prompt, index in zip(PROMPTS, [2, 0, 1, 1], strict=True)
+        run(decoder, [prompt], mixes=[mix])[0] for prompt, mix in zip(PROMPTS, mixes, strict=True)
     ]
     assert together == alone
-    assert len({tuple(run(decoder, PROMPTS[:1], adapters=[i])[0]) for i in range(3)}) == 3
+    assert len({tuple(run(decoder, PROMPTS[:1], mixes=[mix])[0]) for mix in mixes}) == 3
 
 
 def test_a_cache_grows_by_factors() -> None:
@@ -154,7 +154,7 @@ def test_prompts_that_fit_nothing_are_listed() -> None:
             [[], [1] * 64, [131]],
             max_new_tokens=0,
             sampling=Sampling(),
-            adapters=[0],
+            mixes=[BASE_ONLY],
         )
     assert len(caught.value.problems) == 5
     with pytest.raises(UsageError, match="at least one prompt"):

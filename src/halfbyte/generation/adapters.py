@@ -1,58 +1,116 @@
-"""Putting adapters from files into the banks of a decoder, to generate with them."""
+"""Adapters of a loaded model: from files into the banks of a decoder, and which are used."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from halfbyte.adapters.adapter import Adapter, check_adapter_fits
 from halfbyte.adapters.peft_files import read_adapter
 from halfbyte.errors import UsageError, VerificationError
-from halfbyte.layers.lora import LoraFactors
+from halfbyte.layers.lora import LoraFactors, Mix
 from halfbyte.models.decoder import Decoder
+
+AdapterChoice = str | Mapping[str, float] | None
+"""What a prompt uses: one adapter, several with their weights, or None for the base alone."""
+
+
+def name_adapters(adapters: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
+    """Adapters by name; those that come without one are called by their path as given.
+
+    Raises:
+        UsageError: An adapter is named twice, or a name is empty.
+    """
+    if isinstance(adapters, Mapping):
+        named = {name: Path(path) for name, path in adapters.items()}
+    else:
+        named = {str(path): Path(path) for path in adapters}
+    if len(named) < len(adapters) or "" in named:
+        found = ", ".join(map(str, adapters))
+        raise UsageError(f"adapters: each once and with a name expected, found {found}")
+    return named
 
 
 def attach_adapters(
-    decoder: Decoder, directories: Sequence[str | Path], *, base: str | None = None
+    decoder: Decoder, adapters: Mapping[str, Path], *, base: str | None = None
 ) -> None:
     """Attach adapters and use all of them together, each with weight 1.
 
-    The bank knows an adapter by its path as given. `decoder.mixes` can be set afterwards to use
-    them otherwise, for each prompt.
-
     Args:
         decoder: The base.
-        directories: Adapters in PEFT's layout.
+        adapters: Name in the banks -> directory in PEFT's layout.
         base: Fingerprint of the base, if it is known. An adapter whose provenance names another
             one is refused; one without provenance cannot be checked so.
 
     Raises:
-        UsageError: An adapter is named twice.
         HalfbyteError: Files are missing or not valid; see `read_adapter`.
         FormatError: An adapter does not fit the base; all misfits are listed.
         VerificationError: An adapter was trained on another base.
     """
-    names = [str(directory) for directory in directories]
-    if len(set(names)) < len(names):
-        raise UsageError(f"adapters: each once expected, found {', '.join(names)}")
     shapes = {
         path: (linear.out_features, linear.in_features) for path, linear in decoder.linears.items()
     }
-    for name in names:
-        adapter = read_adapter(name)
-        check_adapter_fits(adapter, shapes, name=name)
-        _require_same_base(adapter, base, name)
+    for name, directory in adapters.items():
+        adapter = read_adapter(directory)
+        check_adapter_fits(adapter, shapes, name=str(directory))
+        _require_same_base(adapter, base, directory)
         for path, update in adapter.modules.items():
             factors = LoraFactors(update.a_RI, update.b_OR, update.scaling, adapter.dropout)
             decoder.linears[path].attach(name, factors)
-    decoder.mixes = (tuple((name, 1.0) for name in names),)
+    decoder.mixes = (tuple((name, 1.0) for name in adapters),)
 
 
-def _require_same_base(adapter: Adapter, base: str | None, name: str) -> None:
+def mix_of(choice: AdapterChoice, names: Collection[str]) -> Mix:
+    """The mix that a choice means; weights of zero are left out.
+
+    Args:
+        choice: What is to be used.
+        names: Adapters there are.
+
+    Raises:
+        UsageError: An adapter is not loaded, or a weight is not a number; lists everything.
+    """
+    if choice is None:
+        return ()
+    weights = {choice: 1.0} if isinstance(choice, str) else choice
+    known = ", ".join(names) or "none"
+    problems = [
+        f"{name!r}: no adapter of this name is loaded; there are: {known}"
+        for name in weights
+        if name not in names
+    ]
+    problems += [
+        f"{name!r}: a finite weight expected, found {weight!r}"
+        for name, weight in weights.items()
+        if not isinstance(weight, int | float) or not math.isfinite(weight)
+    ]
+    if problems:
+        raise UsageError("adapters cannot be mixed so", problems=problems)
+    return tuple((name, float(weight)) for name, weight in weights.items() if weight)
+
+
+def mixes_of(
+    choices: Sequence[AdapterChoice], names: Collection[str], num_prompts: int
+) -> list[Mix]:
+    """The mix of each prompt.
+
+    Raises:
+        UsageError: There is not one choice a prompt; see also `mix_of`.
+    """
+    if isinstance(choices, str | Mapping) or len(choices) != num_prompts:
+        found = repr(choices) if isinstance(choices, str | Mapping) else len(choices)
+        raise UsageError(
+            f"adapters: a list of {num_prompts}, one a prompt, expected, found {found}"
+        )
+    return [mix_of(choice, names) for choice in choices]
+
+
+def _require_same_base(adapter: Adapter, base: str | None, directory: Path) -> None:
     record = (adapter.provenance or {}).get("base")
     trained_on = record.get("fingerprint") if isinstance(record, dict) else None
     if base is None or trained_on is None or trained_on == base:
         return
     raise VerificationError(
-        f"adapter {name} was trained on another base: fingerprint {trained_on} expected, "
+        f"adapter {directory} was trained on another base: fingerprint {trained_on} expected, "
         f"found {base}",
         hint=f"Its base was {adapter.base_model or 'not named'}; quantizing again with other "
         "settings makes another base, too.",

@@ -12,6 +12,7 @@ from torch import Tensor
 from halfbyte.errors import UsageError
 from halfbyte.generation.cache import RaggedCache, SequenceCache
 from halfbyte.generation.sampling import Sampler, Sampling
+from halfbyte.layers.lora import Mix
 from halfbyte.models.decoder import Decoder
 
 PREFILL_TOKENS = 2048
@@ -43,7 +44,7 @@ class _Sequence:
     remaining: int  # tokens that may still come
     cache: SequenceCache
     sampler: Sampler
-    adapter: int
+    mix: Mix
 
 
 class Engine:
@@ -55,7 +56,8 @@ class Engine:
         max_new_tokens: At most so many for each; fewer where the context length ends.
         sampling: How tokens are chosen; each sequence draws by itself from the same seed.
         stop_ids: Tokens that end a sequence.
-        adapters: For each prompt an index into the decoder's mixes; all use the first when empty.
+        mixes: For each prompt the adapters it uses. When empty, all use the decoder's first mix, as
+            it is now.
 
     Raises:
         UsageError: A prompt is empty, too long, or holds ids that the model does not have.
@@ -69,9 +71,9 @@ class Engine:
         max_new_tokens: int,
         sampling: Sampling,
         stop_ids: frozenset[int] = frozenset(),
-        adapters: Sequence[int] = (),
+        mixes: Sequence[Mix] = (),
     ) -> None:
-        _require_prompts(decoder, prompts, max_new_tokens, adapters)
+        _require_prompts(decoder, prompts, max_new_tokens, mixes)
         self._decoder = decoder
         self._stop_ids = stop_ids
         config = decoder.config
@@ -86,7 +88,7 @@ class Engine:
                     decoder.compute_dtype,
                 ),
                 Sampler(sampling, list(prompt), config.vocabulary_size),
-                adapters[index] if adapters else 0,
+                mixes[index] if mixes else decoder.mixes[0],
             )
             for index, prompt in enumerate(prompts)
         ]
@@ -140,8 +142,9 @@ class Engine:
     def _feed(self, batch: Sequence[tuple[_Sequence, int]]) -> Tensor:
         """Run the next `count` pending tokens of each; features where nothing is left pending."""
         cache = RaggedCache([sequence.cache for sequence, _ in batch])
-        adapters = tuple(sequence.adapter for sequence, _ in batch)
-        segments = cache.plan([count for _, count in batch], adapters if any(adapters) else ())
+        mixes = list(dict.fromkeys(sequence.mix for sequence, _ in batch))
+        indices = tuple(mixes.index(sequence.mix) for sequence, _ in batch)
+        segments = cache.plan([count for _, count in batch], indices if any(indices) else ())
         tokens: list[int] = []
         rows = []
         for sequence, count in batch:
@@ -150,13 +153,15 @@ class Engine:
             if not sequence.pending:
                 rows.append(len(tokens) - 1)
         chosen = None if len(rows) == len(tokens) else torch.tensor(rows, dtype=torch.int64)
-        features = self._decoder(torch.tensor(tokens), segments, rows=chosen, cache=cache)
+        features = self._decoder(
+            torch.tensor(tokens), segments, rows=chosen, cache=cache, mixes=mixes
+        )
         cache.commit()
         return features
 
 
 def _require_prompts(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, adapters: Sequence[int]
+    decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, mixes: Sequence[Mix]
 ) -> None:
     config = decoder.config
     problems = []
@@ -164,8 +169,8 @@ def _require_prompts(
         problems.append("at least one prompt expected, found none")
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens: at least 1 expected, found {max_new_tokens}")
-    if adapters and len(adapters) != len(prompts):
-        problems.append(f"adapters: one a prompt expected ({len(prompts)}), found {len(adapters)}")
+    if mixes and len(mixes) != len(prompts):
+        problems.append(f"mixes: one a prompt expected ({len(prompts)}), found {len(mixes)}")
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) < config.max_positions:
             problems.append(

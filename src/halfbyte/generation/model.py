@@ -1,6 +1,6 @@
 """The model object of `halfbyte.load`: text in, text out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import UsageError
-from halfbyte.generation.adapters import attach_adapters
+from halfbyte.generation.adapters import (
+    AdapterChoice,
+    attach_adapters,
+    mix_of,
+    mixes_of,
+    name_adapters,
+)
 from halfbyte.generation.engine import Engine
 from halfbyte.generation.sampling import Sampling
 from halfbyte.generation.stop_strings import StopStrings
@@ -36,6 +42,7 @@ class GenerateOptions(TypedDict, total=False):
         min_p: See `Sampling`.
         repetition_penalty: See `Sampling`.
         seed: See `Sampling`.
+        adapters: What each prompt uses, one a prompt; without it, all use what `Model.use` chose.
     """
 
     max_new_tokens: int
@@ -47,6 +54,7 @@ class GenerateOptions(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     seed: int
+    adapters: Sequence[AdapterChoice]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +80,33 @@ class Model:
     Attributes:
         directory: Where it was opened.
         decoder: The network.
+        adapters: Names of the adapters in its banks.
     """
 
-    def __init__(self, directory: Path, decoder: Decoder) -> None:
+    def __init__(self, directory: Path, decoder: Decoder, adapters: Collection[str] = ()) -> None:
         self.directory = directory
         self.decoder = decoder
+        self.adapters = tuple(adapters)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the directory, opened when first used."""
         return Tokenizer.load(self.directory)
+
+    def use(self, adapters: AdapterChoice) -> None:
+        """Choose what is used from the next call on, for prompts that do not choose themselves.
+
+        Costs nothing: factors stay where they are, and what a mix adds is weighed when it is
+        computed. Text that is being generated goes on as it began.
+
+        Args:
+            adapters: One by name, several with weights (`{"sql": 0.7, "tone": -0.3}`), or None for
+                the base alone.
+
+        Raises:
+            UsageError: An adapter is not loaded, or a weight is not a finite number.
+        """
+        self.decoder.mixes = (mix_of(adapters, self.adapters),)
 
     @overload
     def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> str: ...
@@ -138,6 +163,9 @@ class Model:
         if isinstance(options.get("stop", ()), str):
             raise UsageError("stop: a list of strings expected, found one string")
         chosen = {key: value for key, value in options.items() if key in Sampling.__slots__}
+        mixes = []
+        if "adapters" in options:
+            mixes = mixes_of(options["adapters"], self.adapters, len(prompts))
         stop_ids = self.stop_ids if options.get("stop_at_eos", True) else frozenset[int]()
         return Engine(
             self.decoder,
@@ -145,6 +173,7 @@ class Model:
             max_new_tokens=options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
             sampling=Sampling(**chosen),  # type: ignore[arg-type]  # the keys are its fields
             stop_ids=stop_ids,
+            mixes=mixes,
         )
 
     @property
@@ -187,7 +216,7 @@ class Model:
 def load(
     model: str | Path,
     *,
-    adapters: Sequence[str | Path] = (),
+    adapters: Sequence[str | Path] | Mapping[str, str | Path] = (),
     compute_dtype: torch.dtype = DEFAULT_COMPUTE_DTYPE,
     resident: bool = False,
 ) -> Model:
@@ -195,7 +224,8 @@ def load(
 
     Args:
         model: A Hugging Face model directory, such as `halfbyte quantize` writes.
-        adapters: Adapter directories in PEFT's layout, used together; see `attach_adapters`.
+        adapters: Adapter directories in PEFT's layout, with names or called by their paths. All are
+            used together until `Model.use` chooses.
         compute_dtype: float32, bfloat16 or float16.
         resident: Copy the weights to memory instead of mapping the files.
 
@@ -203,6 +233,7 @@ def load(
         HalfbyteError: See `models.load.load_decoder` and `attach_adapters`.
     """
     decoder = load_decoder(model, compute_dtype=compute_dtype, resident=resident)
-    if adapters:
-        attach_adapters(decoder, adapters, base=recorded_fingerprint(Path(model)))
-    return Model(Path(model), decoder)
+    named = name_adapters(adapters)
+    if named:
+        attach_adapters(decoder, named, base=recorded_fingerprint(Path(model)))
+    return Model(Path(model), decoder, named)

@@ -139,7 +139,7 @@ class Decoder:
         layers: In order.
         head: Turns features into logits.
         linears: Those inside the layers, by module path: what adapters attach to.
-        mixes: Adapter mixes in use; `Segments.adapters` index them.
+        mixes: Adapter mixes used by calls that name none; `Segments.adapters` index them.
     """
 
     def __init__(
@@ -171,6 +171,7 @@ class Decoder:
         *,
         rows: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        mixes: Sequence[Mix] | None = None,
         dropout_seed: int | None = None,
         recompute: int = 0,
     ) -> Tensor:
@@ -181,6 +182,7 @@ class Decoder:
             segments: Their boundaries.
             rows: int64 `[N]`: the tokens whose features are wanted; all by default.
             cache: Earlier keys and values; extended by this call.
+            mixes: Used in place of the decoder's own.
             dropout_seed: Seed of this step's adapter dropout; None turns it off.
             recompute: How many layers (the first ones) compute their activations again in the
                 backward instead of keeping them.
@@ -196,7 +198,7 @@ class Decoder:
             spec: rotary_table(frequencies, segments.positions, spec.attention_factor)
             for spec, frequencies in self._frequencies.items()
         }
-        routing = route(segments, self.mixes, dropout_seed)
+        routing = route(segments, self.mixes if mixes is None else mixes, dropout_seed)
         shared = Pass(segments, angles, routing, cache)
         x_TD = self._embed(tokens_T)
         for layer in self.layers:
