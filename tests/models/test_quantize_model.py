@@ -326,12 +326,12 @@ def test_a_full_disk_leaves_nothing(
 def test_a_faulty_disk_is_noticed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from halfbyte.models import quantization_run  # noqa: PLC0415
+    from halfbyte.models import weight_writing  # noqa: PLC0415
 
     def fail(_: SafetensorsWriter) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(quantization_run, "SYNC_EVERY_BYTES", 1024)
+    monkeypatch.setattr(weight_writing, "SYNC_EVERY_BYTES", 1024)
     monkeypatch.setattr(SafetensorsWriter, "sync", fail)
     with pytest.raises(OSError, match="Input/output error"):
         quantize_model(source, tmp_path / "out")
@@ -344,7 +344,7 @@ def test_an_interrupt_leaves_nothing(source: Path, tmp_path: Path, number: signa
         "import os, sys\n"
         "from halfbyte.cli import app\n"
         "from halfbyte.models import quantize_model as q\n"
-        "from halfbyte.models import quantization_run as r\n"
+        "from halfbyte.models import weight_writing as r\n"
         "r.MAX_BYTES_IN_FLIGHT = 0\n"
         "real = q.write_weights\n"
         "def stop(*args, progress, **rest):\n"

@@ -1,4 +1,4 @@
-"""What quantizing a model will write, tensor by tensor and byte by byte, before anything is read.
+"""What quantizing or merging a model will write, byte by byte, before anything is read.
 
 Which weights become 4-bit follows from the family's layout: the projections inside decoder
 layers. Embeddings, head, norms and biases stay in 16 bits.
@@ -99,7 +99,7 @@ class Plan:
 
     Attributes:
         shards: Files and their tensors; over all of them in the order of names.
-        kept_modules: Linear modules inside decoder layers that stay in 16 bits.
+        kept_modules: Linear modules inside decoder layers that do not become 4-bit.
         ignored: Tensors of the source that the model does not need.
         num_bytes: Upper bound of what the weights take on disk, within a percent.
     """
@@ -118,7 +118,24 @@ class Plan:
 def plan_quantization(
     source: Source, quantizer: Quantizer, *, shard_bytes: int = DEFAULT_SHARD_BYTES
 ) -> Plan:
+    """`plan_weights` for quantizing: what stays in 16 bits keeps the model's dtype."""
+    return plan_weights(source, quantizer, kept_dtype(source), shard_bytes=shard_bytes)
+
+
+def plan_weights(
+    source: Source,
+    quantizer: Quantizer | None,
+    dtype: torch.dtype,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Plan:
     """Compare the source with its config and lay out the result.
+
+    Args:
+        source: The model.
+        quantizer: How the weights of decoder layers are quantized; None leaves them in `dtype`.
+        dtype: Of every tensor that does not become 4-bit.
+        shard_bytes: What one file may hold.
 
     Raises:
         UnsupportedError: An unknown family.
@@ -131,11 +148,12 @@ def plan_quantization(
     expected = {ref.name: ref.shape for ref in layout.refs()}
     ignored = _check(expected, source.tensors.shapes, name, tied=config.tied)
     linears = [f"{path}.weight" for path in layout.linear_paths()]
-    kept = _kept(linears, expected, quantizer.keep)
-    four_bit = set(linears) - kept
+    kept = set(linears) if quantizer is None else _kept(linears, expected, quantizer.keep)
     # In the order of their UTF-8 bytes, in which the fingerprint takes them.
     items = [
-        _item(tensor, expected[tensor], quantizer, quantized=tensor in four_bit, config=source)
+        _plain_item(tensor, expected[tensor], dtype)
+        if quantizer is None or tensor in kept or tensor not in linears
+        else _four_bit_item(tensor, expected[tensor], quantizer)
         for tensor in sorted(expected, key=str.encode)
     ]
     by_name = {item.name: item for item in items}
@@ -162,11 +180,11 @@ def kept_dtype(source: Source) -> torch.dtype:
     return torch.float16 if stated == "float16" else torch.bfloat16
 
 
-def _item(
-    name: str, shape: tuple[int, ...], quantizer: Quantizer, *, quantized: bool, config: Source
-) -> Item:
-    if not quantized:
-        return Item(name, False, {name: TensorSpec(kept_dtype(config), shape)}, None)
+def _plain_item(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Item:
+    return Item(name, False, {name: TensorSpec(dtype, shape)}, None)
+
+
+def _four_bit_item(name: str, shape: tuple[int, ...], quantizer: Quantizer) -> Item:
     specs, late = part_specs(
         name,
         shape,

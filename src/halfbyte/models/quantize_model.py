@@ -2,7 +2,7 @@
 
 The result is an ordinary Hugging Face directory: 4-bit weights under bitsandbytes' keys, the
 matching `quantization_config`, tokenizer files and template, and `halfbyte.json`, which names the
-base by its fingerprint and says how it was made. `models.quantization_run` has the work itself.
+base by its fingerprint and says how it was made. `models.weight_writing` has the work itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from halfbyte import __version__
-from halfbyte.errors import UsageError
 from halfbyte.formats.bitsandbytes_layout import quantization_config
 from halfbyte.formats.checks import dtype_name
 from halfbyte.formats.error_report import ModelErrorReport
 from halfbyte.formats.shards import DEFAULT_SHARD_BYTES
 from halfbyte.models.quantization_plan import Plan, Quantizer, kept_dtype, plan_quantization
-from halfbyte.models.quantization_run import Progress, write_weights
+from halfbyte.models.quantization_run import Quantization
 from halfbyte.models.record import RECORD
-from halfbyte.models.sources import Source, json_bytes, open_source
+from halfbyte.models.sources import Source, json_bytes, open_source, require_apart
+from halfbyte.models.weight_writing import Progress, write_weights
 from halfbyte.storage.atomic import check_free_space, new_directory
 
 __all__ = ["Progress", "QuantizedModel", "quantize_model"]
@@ -90,16 +90,15 @@ def quantize_model(
     """
     quantizer = Quantizer(codebook, block_size, double_quant, tuple(keep))
     out = Path(out)
-    _require_apart(src, out)
+    require_apart(out, src)
     source = open_source(src)
     plan = plan_quantization(source, quantizer, shard_bytes=shard_bytes)
     check_free_space(out, plan.num_bytes + sum(map(len, source.files.values())))
     with new_directory(out, replace=replace) as directory:
-        written = write_weights(
-            directory, source, plan, quantizer, with_report=report, progress=progress
-        )
+        convert = Quantization(source.tensors, quantizer, kept_dtype(source), with_report=report)
+        written = write_weights(directory, source.tensors, plan, convert, progress=progress)
         _write_companions(directory, source, plan, quantizer, written.fingerprint)
-        model_report = ModelErrorReport(written.reports) if report else None
+        model_report = ModelErrorReport(convert.reports) if report else None
         if model_report is not None:
             (directory / REPORT).write_bytes(json_bytes(model_report.to_json()))
     items = plan.items
@@ -146,12 +145,3 @@ def _notes(plan: Plan) -> tuple[str, ...]:
     if not plan.ignored:
         return ()
     return (f"left out, because the model computes them: {', '.join(plan.ignored[:3])}",)
-
-
-def _require_apart(src: str | Path, out: Path) -> None:
-    source = Path(src)
-    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise UsageError(
-            f"{out} lies inside the source {src}",
-            hint="Write beside it: the source stays as it is.",
-        )

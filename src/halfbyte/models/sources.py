@@ -14,7 +14,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from halfbyte.errors import FormatError, MissingFileError, UnsafeArtifactError, UnsupportedError
+from halfbyte.errors import (
+    FormatError,
+    MissingFileError,
+    UnsafeArtifactError,
+    UnsupportedError,
+    UsageError,
+)
 from halfbyte.formats.gguf_file import GgufFile
 from halfbyte.formats.shards import INDEX, SINGLE, MappedShards, open_shards
 from halfbyte.models.bin_files import BIN_INDEX, BIN_SINGLE, open_bin_files
@@ -142,10 +148,7 @@ def _open_file(path: Path) -> Source:
 def _open_directory(directory: Path, description: Mapping[str, str]) -> Source:
     config = read_json_object(directory / "config.json")
     _require_plain(config, directory)
-    files = {name: _read(directory / name) for name in COMPANIONS if (directory / name).exists()}
-    generation = None
-    if "generation_config.json" in files:
-        generation = read_json_object(directory / "generation_config.json")
+    files, generation = read_companions(directory)
     notes: tuple[str, ...] = ()
     tensors: Tensors
     if any((directory / name).exists() for name in (SINGLE, INDEX)):
@@ -164,7 +167,22 @@ def _open_directory(directory: Path, description: Mapping[str, str]) -> Source:
     return Source(tensors, config, generation, files, description, notes)
 
 
-def _require_plain(config: Mapping[str, object], directory: Path) -> None:
+def read_companions(
+    directory: Path,
+) -> tuple[dict[str, bytes], Mapping[str, object] | None]:
+    """The small files beside the weights, and the object in `generation_config.json` if there."""
+    files = {name: _read(directory / name) for name in COMPANIONS if (directory / name).exists()}
+    if "generation_config.json" not in files:
+        return files, None
+    return files, read_json_object(directory / "generation_config.json")
+
+
+def require_no_code(config: Mapping[str, object], directory: Path) -> None:
+    """Raise where `config.json` asks for code of its own.
+
+    Raises:
+        UnsafeArtifactError: It has `auto_map`.
+    """
     if "auto_map" in config:
         raise UnsafeArtifactError(
             f"{directory}: config.json names code to be run with the model (`auto_map`): "
@@ -172,6 +190,10 @@ def _require_plain(config: Mapping[str, object], directory: Path) -> None:
             hint="That code is never run, and without it the model may be another one. If it is an "
             f"ordinary {config.get('model_type')!r} model, remove `auto_map` from config.json.",
         )
+
+
+def _require_plain(config: Mapping[str, object], directory: Path) -> None:
+    require_no_code(config, directory)
     if config.get("quantization_config") is not None:
         method = config["quantization_config"]
         if isinstance(method, dict):
@@ -189,6 +211,25 @@ def _read(path: Path) -> bytes:
                 f"{path}: at most {MAX_COMPANION_BYTES} bytes expected, found {status.st_size}"
             )
         return read_exactly(descriptor, status.st_size, 0, path)
+
+
+def require_apart(out: Path, *sources: str | Path) -> None:
+    """Raise where writing `out` would write into a source, or replace one.
+
+    Raises:
+        UsageError: `out` lies inside a source, or a source inside `out`.
+    """
+    target = out.resolve()
+    for source in map(Path, sources):
+        if not source.is_dir():
+            continue
+        if target.is_relative_to(source.resolve()):
+            relation = f"lies inside the source {source}"
+        elif source.resolve().is_relative_to(target):
+            relation = f"holds the source {source}"
+        else:
+            continue
+        raise UsageError(f"{out} {relation}", hint="Write beside it: the source stays as it is.")
 
 
 def json_bytes(value: Mapping[str, object]) -> bytes:

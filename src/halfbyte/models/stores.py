@@ -34,6 +34,7 @@ class MappedStore:
         self.shards = mapped.shards
         self._mapped = mapped
         self._weights = {name: weight.value for name, weight in weights.items()}
+        self._parts = {name: weight.parts for name, weight in weights.items()}
         self._wanted: dict[int, list[str]] = {}
         for weight in weights.values():
             self._wanted.setdefault(weight.layer, []).extend(weight.parts)
@@ -49,6 +50,15 @@ class MappedStore:
         """Let the system read the layer's pages ahead, the first time."""
         for part in self._wanted.pop(layer, ()):
             self._mapped.home(part).advise(part, mmap.MADV_WILLNEED)
+
+    def size(self, name: str) -> int:
+        """Bytes that a weight takes in the files."""
+        return sum(self.shards[part][1].nbytes for part in self._parts[name])
+
+    def forget(self, name: str) -> None:
+        """Give the pages of a weight back; whoever reads it again has them read again."""
+        for part in self._parts[name]:
+            self._mapped.home(part).advise(part, mmap.MADV_DONTNEED)
 
     def resident(self, dtype: torch.dtype) -> ResidentStore:
         """A copy in memory; linears that are not in 4 bits, and embeddings, in `dtype`."""
