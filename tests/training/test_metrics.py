@@ -5,23 +5,23 @@ from pathlib import Path
 import pytest
 
 from halfbyte.errors import FormatError
-from halfbyte.training.metrics import MetricsFile, read_metrics
+from halfbyte.training.metrics import RecordFile, read_records
 
 
 def write(directory: Path, steps: range, resume_step: int = 0) -> None:
-    metrics = MetricsFile(directory, resume_step=resume_step)
+    metrics = RecordFile(directory / "metrics.jsonl", resume_step=resume_step)
     for step in steps:
         metrics.append({"step": step, "loss": 1 / step})
     metrics.close()
 
 
 def steps(directory: Path) -> list[object]:
-    return [record["step"] for record in read_metrics(directory / "metrics.jsonl")]
+    return [record["step"] for record in read_records(directory / "metrics.jsonl")]
 
 
 def test_records_read_back(tmp_path: Path) -> None:
     write(tmp_path, range(1, 4))
-    assert list(read_metrics(tmp_path / "metrics.jsonl"))[1] == {"step": 2, "loss": 0.5}
+    assert list(read_records(tmp_path / "metrics.jsonl"))[1] == {"step": 2, "loss": 0.5}
 
 
 def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from halfbyte.errors import DataError, MissingFileError, StorageError
 from halfbyte.storage.lock import lock_directory
 from halfbyte.training.checkpoint import list_checkpoints
 from halfbyte.training.config import Config
-from halfbyte.training.metrics import MEASURED_FIELDS, read_metrics
+from halfbyte.training.metrics import MEASURED_FIELDS, read_records
 from halfbyte.training.progress import Silent
 from halfbyte.training.run import resume, train
 from halfbyte.training.trainer import Ending
@@ -44,7 +44,7 @@ def results(directory: Path) -> tuple[bytes, list[bytes], list[dict[str, object]
     last = list_checkpoints(directory)[-1]
     records = [
         {key: value for key, value in record.items() if key not in MEASURED_FIELDS}
-        for record in read_metrics(directory / "metrics.jsonl")
+        for record in read_records(directory / "metrics.jsonl")
     ]
     return adapter, [path.read_bytes() for path in sorted(last.iterdir())], records
 
@@ -94,7 +94,7 @@ def test_every_step_is_recorded_once(tmp_path: Path) -> None:
     train(train_at(tmp_path, "run", *LONG), StopAt(3))
     resume(tmp_path / "run", StopAt(7))
     resume(tmp_path / "run")
-    records = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    records = list(read_records(tmp_path / "run" / "metrics.jsonl"))
     steps = [record["step"] for record in records if "loss" in record]
     assert steps == list(range(1, len(steps) + 1))
     evaluations = [record["step"] for record in records if "eval_loss" in record]

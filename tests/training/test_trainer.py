@@ -23,7 +23,7 @@ from halfbyte.storage.fingerprint import fingerprint_tensors
 from halfbyte.training import checkpoint as checkpoint_module
 from halfbyte.training import step as step_module
 from halfbyte.training.checkpoint import list_checkpoints, newest_valid
-from halfbyte.training.metrics import read_metrics
+from halfbyte.training.metrics import read_records
 from halfbyte.training.progress import Silent
 from halfbyte.training.run import resume, train
 from halfbyte.training.trainer import Ending
@@ -46,7 +46,7 @@ class Notes(Silent):
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
-    return list(read_metrics(directory / "metrics.jsonl"))
+    return list(read_records(directory / "metrics.jsonl"))
 
 
 def test_a_run_learns_and_leaves_what_it_should(tmp_path: Path) -> None:

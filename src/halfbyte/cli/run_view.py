@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from halfbyte.training.run import RunResult
 
 LINE_EVERY_SECONDS = 10.0
+PROMPT_WIDTH = 72
 STOPPED = 75
 
 Record = Mapping[str, Any]
@@ -69,6 +70,14 @@ class RunView:
             f"{'infinite' if perplexity is None else f'{perplexity:.3f}'}, "
             f"accuracy {record['eval_accuracy']:.1%}"
         )
+
+    def sampled(self, records: Sequence[Record]) -> None:
+        """Show the end of each prompt and how it was continued."""
+        for record in records:
+            self._output.emit({"event": "sample", **record})
+            prompt, text = (_one_line(record[key]) for key in ("prompt", "text"))
+            shown = prompt if len(prompt) <= PROMPT_WIDTH else f"...{prompt[-PROMPT_WIDTH:]}"
+            self._note(f"  {shown}\n    -> {text}")
 
     def noted(self, text: str) -> None:
         """Say it."""
@@ -136,6 +145,10 @@ def finish(output: Output, result: "RunResult") -> None:
         output.text(f"held-out loss {score.loss:.4f}, perplexity {score.perplexity:.3f}")
     output.text(f"result: {result.result}")
     output.text(f"curve: {result.directory / 'loss.png'}")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _duration(seconds: float) -> str:

@@ -94,6 +94,13 @@ class TrainingSection(Section):
     """Of initialisation, order of the data and dropout."""
     eval_steps: Annotated[int, Field(ge=1)] | None = None
     """Steps between evaluations; by default at the end of each epoch. Always at the end."""
+    eval_first: bool = False
+    """Whether to evaluate before the first step, too."""
+    num_samples: Annotated[int, Field(ge=0)] = 0
+    """Held-out prompts that are continued at each evaluation, the most likely token each time;
+    shown, and written to `samples.jsonl`."""
+    sample_tokens: Annotated[int, Field(ge=1)] = 48
+    """Tokens at most of each such text."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many evaluations in a row without a better held-out loss."""
     save_steps: Annotated[int, Field(ge=1)] | None = None

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from halfbyte.training.metrics import read_metrics
+from halfbyte.training.metrics import read_records
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:
@@ -17,7 +17,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
 
     trained: list[tuple[int, float]] = []
     held_out: list[tuple[int, float]] = []
-    for record in read_metrics(metrics):
+    for record in read_records(metrics):
         step, loss, held_out_loss = (record.get(key) for key in ("step", "loss", "eval_loss"))
         if isinstance(step, int) and isinstance(loss, float):
             trained.append((step, loss))

@@ -1,4 +1,7 @@
-"""`metrics.jsonl`: one record a step, one an evaluation, each exactly once over all resumes."""
+"""`metrics.jsonl` and its kin: records of a run, each written exactly once over all resumes.
+
+`metrics.jsonl` has one record a step and one an evaluation.
+"""
 
 import json
 import os
@@ -15,17 +18,17 @@ MEASURED_FIELDS = frozenset(
 """Fields that differ between runs of the same configuration; all others are reproducible."""
 
 
-class MetricsFile:
-    """Appends records to `metrics.jsonl` of a run directory.
+class RecordFile:
+    """Appends records to a file of lines.
 
     A record is handed to the operating system before `append` returns, so it survives the
     death of the process; `sync` makes it survive the machine's.
     """
 
-    def __init__(self, run_directory: Path, *, resume_step: int = 0) -> None:
+    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
         """Open for appending after step `resume_step`; what was recorded later is removed."""
-        self.path = run_directory / METRICS_FILE
-        kept = [r for r in read_metrics(self.path) if _step(r) <= resume_step]
+        self.path = path
+        kept = [r for r in read_records(self.path) if _step(r) <= resume_step]
         replacement = self.path.with_suffix(".jsonl.new")
         with replacement.open("w") as stream:
             stream.writelines(_line(record) for record in kept)
@@ -49,7 +52,7 @@ class MetricsFile:
         self._stream.close()
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, object]]:
+def read_records(path: Path) -> Iterator[dict[str, object]]:
     """The records of a file, oldest first; none where there is no file.
 
     A last line without its end, left by a process that died in writing it, is passed over.

@@ -1,6 +1,6 @@
 """What a run tells whoever watches it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 Record = Mapping[str, object]
@@ -18,6 +18,9 @@ class Observer(Protocol):
     def evaluated(self, record: Record) -> None:
         """An evaluation was made: its record of `metrics.jsonl`."""
 
+    def sampled(self, records: Sequence[Record]) -> None:
+        """Held-out prompts were continued: the records of `samples.jsonl`."""
+
     def noted(self, text: str) -> None:
         """Something worth a line: a checkpoint written, one passed over, a step left out."""
 
@@ -32,6 +35,9 @@ class Silent:
         """Say nothing."""
 
     def evaluated(self, record: Record) -> None:
+        """Say nothing."""
+
+    def sampled(self, records: Sequence[Record]) -> None:
         """Say nothing."""
 
     def noted(self, text: str) -> None:

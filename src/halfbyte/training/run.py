@@ -23,6 +23,7 @@ from halfbyte.training.methods import TrainedModel, open_trained_model
 from halfbyte.training.metrics import METRICS_FILE
 from halfbyte.training.progress import Observer, Silent
 from halfbyte.training.run_data import RunData, open_run_data
+from halfbyte.training.samples import Samples
 from halfbyte.training.session import Session, open_session
 from halfbyte.training.trainer import Ending, Outcome, Trainer
 
@@ -122,6 +123,7 @@ def _finish(
     session: Session, tokenizer: Tokenizer, data: RunData, observer: Observer | None
 ) -> RunResult:
     observer = observer or Silent()
+    session.samples = _samples(session, tokenizer)
     observer.started(_summary(session, data))
     with listen_for_stop() as stop:
         outcome = Trainer(session, observer, stop).run()
@@ -131,6 +133,18 @@ def _finish(
     result = export_result(session.model, session.config, session.directory, origin)
     plot_losses(session.directory / METRICS_FILE, session.directory / "loss.png")
     return RunResult(session.directory, outcome, result)
+
+
+def _samples(session: Session, tokenizer: Tokenizer) -> Samples | None:
+    training = session.config.training
+    if session.held_out is None or not training.num_samples:
+        return None
+    return Samples(
+        session.held_out,
+        tokenizer,
+        count=training.num_samples,
+        max_new_tokens=training.sample_tokens,
+    )
 
 
 def _summary(session: Session, data: RunData) -> dict[str, object]:

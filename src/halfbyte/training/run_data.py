@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from halfbyte.data.dataset import Dataset, split_by_prompt
 from halfbyte.data.read import load_dataset
 from halfbyte.data.reading import Reading
+from halfbyte.errors import ConfigError
 from halfbyte.text.tokenizer import Tokenizer
 from halfbyte.training.config import Config
 from halfbyte.training.data_options import data_options
@@ -31,6 +32,7 @@ def open_run_data(config: Config, tokenizer: Tokenizer) -> RunData:
     """Read, tokenize and split the data of a config.
 
     Raises:
+        ConfigError: Samples are wanted, and nothing is held out.
         DataError: Rows cannot be used; every one is named, up to a limit.
         MissingFileError: Nothing is there.
     """
@@ -41,6 +43,12 @@ def open_run_data(config: Config, tokenizer: Tokenizer) -> RunData:
         held_out = load_dataset(config.data.eval, tokenizer, options)
         return RunData(reading.dataset, held_out.dataset, reading, (*notices, *held_out.notices()))
     if config.data.eval_fraction == 0:
+        if config.training.num_samples:
+            raise ConfigError(
+                f"training.num_samples = {config.training.num_samples}: held-out data expected, "
+                "found none",
+                hint="Give data.eval, or a data.eval_fraction above 0.",
+            )
         return RunData(reading.dataset, None, reading, notices)
     train, evaluation = split_by_prompt(reading.dataset, config.data.eval_fraction)
     return RunData(train, evaluation, reading, notices)

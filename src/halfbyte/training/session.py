@@ -18,6 +18,7 @@ from halfbyte.training.config import Config
 from halfbyte.training.loss_scale import LossScale
 from halfbyte.training.methods import TrainedModel
 from halfbyte.training.run_data import RunData
+from halfbyte.training.samples import Samples
 from halfbyte.training.schedule import Schedule
 
 
@@ -55,6 +56,7 @@ class Session:
         choices: Fixed for all of the run.
         counters: Where the run stands.
         loss_scale: For fp16.
+        samples: Held-out prompts to continue at evaluations, or None.
     """
 
     config: Config
@@ -67,6 +69,7 @@ class Session:
     choices: Choices
     counters: Counters = field(default_factory=Counters)
     loss_scale: LossScale = field(default_factory=LossScale)
+    samples: Samples | None = None
 
     def snapshot(self, position: Mapping[str, int | str]) -> Checkpoint:
         """The state after the last complete step.

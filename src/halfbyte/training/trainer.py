@@ -15,8 +15,9 @@ from halfbyte.training.checkpoint import prune_checkpoints, write_checkpoint
 from halfbyte.training.diagnosis import NonFinite, find_non_finite
 from halfbyte.training.held_out import HeldOutScore, score_held_out
 from halfbyte.training.interruption import StopRequest
-from halfbyte.training.metrics import MetricsFile
+from halfbyte.training.metrics import METRICS_FILE, RecordFile
 from halfbyte.training.progress import Observer
+from halfbyte.training.samples import SAMPLES_FILE
 from halfbyte.training.session import Session
 from halfbyte.training.step import Gradients, compute_gradients
 
@@ -59,7 +60,14 @@ class Trainer:
         self._session = session
         self._observer = observer
         self._stop = stop
-        self._metrics = MetricsFile(session.directory, resume_step=session.counters.step)
+        # What was recorded before the first step is recorded again when that is still to come.
+        begun = -1 if self._at_beginning() else session.counters.step
+        self._metrics = RecordFile(session.directory / METRICS_FILE, resume_step=begun)
+        self._texts = (
+            None
+            if session.samples is None
+            else RecordFile(session.directory / SAMPLES_FILE, resume_step=begun)
+        )
         self._position = session.stream.state()
         self._saved_step = session.counters.step or None
         self._last_score: HeldOutScore | None = None
@@ -80,11 +88,15 @@ class Trainer:
                 ending = self._steps(sampler)
             finally:
                 self._metrics.close()
+                if self._texts is not None:
+                    self._texts.close()
         return Outcome(ending, self._session.counters.step, self._last_score)
 
     def _steps(self, sampler: PeakSampler) -> Ending:
         session = self._session
         training = session.config.training
+        if training.eval_first and self._at_beginning():
+            self._evaluate()
         while session.counters.step < session.schedule.num_steps:
             step = next(session.stream)
             try:
@@ -107,6 +119,11 @@ class Trainer:
                 self._save()
                 return Ending.STOPPED
         return Ending.COMPLETE
+
+    def _at_beginning(self) -> bool:
+        """Whether neither a step nor an evaluation was made."""
+        counters = self._session.counters
+        return counters.step == 0 and counters.best_loss is None
 
     def _take(self, step: Step, sampler: PeakSampler) -> None:
         session = self._session
@@ -219,12 +236,25 @@ class Trainer:
         }
         self._metrics.append(record)
         self._observer.evaluated(record)
+        self._sample()
+
+    def _sample(self) -> None:
+        session = self._session
+        if session.samples is None or self._texts is None:
+            return
+        texts = session.samples.generate(session.model.decoder)
+        records = [{"step": session.counters.step, **text} for text in texts]
+        for record in records:
+            self._texts.append(record)
+        self._observer.sampled(records)
 
     def _save(self) -> None:
         session = self._session
         if self._saved_step == session.counters.step:
             return
         self._metrics.sync()
+        if self._texts is not None:
+            self._texts.sync()
         try:
             path = write_checkpoint(session.directory, session.snapshot(self._position))
         except HalfbyteError as error:
