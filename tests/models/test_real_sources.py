@@ -117,7 +117,14 @@ def test_transformers_and_bitsandbytes_give_our_logits(smollm2: Path) -> None:
     # off from float32 by the noise of 30 layers, about equally.
     noise, difference = (ours - exact).norm(), (theirs - exact).norm()
     assert difference <= 2 * noise
-    assert difference <= 0.05 * exact.norm()
+    # In float32 what is left is theirs: decoded weights rounded to the checkpoint's bfloat16, and
+    # on CPUs with AVX512-BF16 activations too: up to 2^-9 each, which 210 products average.
+    for module in (model := model.float()).modules():
+        if hasattr(module, "quant_state"):
+            module.compute_dtype = torch.float32
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits[0]
+    assert (theirs - exact).norm() <= 2**-6 * exact.norm()
 
 
 def test_a_quantized_model_is_near_the_file(smollm2: Path) -> None:

@@ -54,7 +54,7 @@ _STRING = rb'"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"'
 _KEY = re.compile(_SPACE + b"(" + _STRING + b")" + _SPACE + b":" + _SPACE)
 _TEXT = re.compile(b"(" + _STRING + b")")
 _ENTRY = re.compile(
-    rb'(\{(?:[^{}\[\]"]|' + _STRING + rb'|\[(?:[^{}\[\]"]|' + _STRING + rb")*+\])*+\})"
+    rb'(\{(?:[^{}\[\]"]++|' + _STRING + rb'|\[(?:[^{}\[\]"]++|' + _STRING + rb")*+\])*+\})"
 )
 _OPEN = re.compile(_SPACE + rb"\{" + _SPACE)
 _CLOSE = re.compile(_SPACE + rb"\}")
@@ -65,6 +65,10 @@ _PAIRS = json.JSONDecoder(object_pairs_hook=list)
 
 class HeaderFault(ValueError):  # noqa: N818  (becomes a FormatError once the file is known)
     """A fault after which nothing more can be read."""
+
+
+class _TooManyEntries(HeaderFault):
+    """Refused without a look at any entry: that many would take a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,18 +125,18 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     metadata: dict[str, str] = {}
     data_begin = 8 + len(raw)
     seen: set[str] = set()
-    try:
-        for name, value in _top_level(raw):
-            if name in seen:
-                problems.append(f"{name!r}: appears more than once")
-            seen.add(name)
-            if isinstance(value, list):
-                metadata = _metadata(value, problems)
-                continue
-            entry = _entry(name, value, data_begin, file_size - data_begin, problems)
-            if entry is not None:
-                entries[name] = entry
-    except HeaderFault as fault:
+    members, fault = _members(raw)
+    for name, value in members:
+        if name in seen:
+            problems.append(f"{name!r}: appears more than once")
+        seen.add(name)
+        if isinstance(value, list):
+            metadata = _metadata(value, problems)
+            continue
+        entry = _entry(name, value, data_begin, file_size - data_begin, problems)
+        if entry is not None:
+            entries[name] = entry
+    if fault is not None:
         problems.append(f"header: {fault}")
     if not problems:  # positions of faulty entries would only repeat their faults
         entries = dict(sorted(entries.items(), key=lambda i: (i[1].begin, i[1].end)))
@@ -147,17 +151,32 @@ def shortened(problems: list[str]) -> list[str]:
     return [*problems[:MAX_PROBLEMS], f"and {len(problems) - MAX_PROBLEMS} more"]
 
 
-def _top_level(raw: bytes) -> Iterator[tuple[str, bytes | list[tuple[str, str]]]]:
+_Member = tuple[str, bytes | list[tuple[str, str]]]
+
+
+def _members(raw: bytes) -> tuple[list[_Member], HeaderFault | None]:
+    """What `_top_level` finds, and the fault that ended it; nothing where there are too many."""
+    members: list[_Member] = []
+    try:
+        members.extend(_top_level(raw))
+    except _TooManyEntries as fault:
+        return [], fault
+    except HeaderFault as fault:
+        return members, fault
+    return members, None
+
+
+def _top_level(raw: bytes) -> Iterator[_Member]:
     """Names with the text of their entries; `__metadata__` with its pairs."""
     # Counted first: what is refused below at the latest is then refused at once.
     if raw.count(b'"data_offsets"') > MAX_ENTRIES:
-        raise HeaderFault(f"more than {MAX_ENTRIES} tensors")
+        raise _TooManyEntries(f"more than {MAX_ENTRIES} tensors")
     position = _match(_OPEN, raw, 0, "'{'").end()
     end = _CLOSE.match(raw, position)
     num_entries = 0
     while not end:
         if num_entries == MAX_ENTRIES:
-            raise HeaderFault(f"more than {MAX_ENTRIES} tensors")
+            raise _TooManyEntries(f"more than {MAX_ENTRIES} tensors")
         num_entries += 1
         name, position = _string(_KEY, raw, position, "a name and ':'")
         if name == METADATA:

@@ -10,6 +10,7 @@ Environment variables, for debugging:
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -154,6 +155,16 @@ def use_cpu_isa(name: str) -> None:
         available = ", ".join(cpu_isas()) or "none, because native kernels are not in use"
         raise UsageError(f"instruction set {name!r} cannot be used here; available: {available}")
     torch.ops.halfbyte.use_cpu_isa(name)
+    gemm_dtypes.cache_clear()
+
+
+@functools.cache
+def gemm_dtypes() -> frozenset[torch.dtype]:
+    """Dtypes in which matrices are multiplied faster by native kernels than by PyTorch."""
+    if not native_in_use():
+        return frozenset()
+    names = str(torch.ops.halfbyte.gemm_dtypes()).split(",")
+    return frozenset(getattr(torch, name) for name in names if name)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from halfbyte.errors import UsageError
 from halfbyte.formats.checks import describe
+from halfbyte.kernels.gemm import matmul
 from halfbyte.layers.autograd import Context, apply
 from halfbyte.layers.matmul import multiply, multiply_transposed
 from halfbyte.layers.weights import Weight, WeightRef, WeightStore
@@ -189,7 +190,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_x is not None:
                 grad_x[chunk] = multiply_transposed(rounded, weight_VD)
             if grad_weight is not None:
-                grad_weight += rounded.T @ x_CD
+                grad_weight += matmul(rounded.T, x_CD, dtype=torch.float32)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.kept = (grad_scale, None if trainable is None else trainable.dtype)
         return total

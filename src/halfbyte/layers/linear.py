@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from halfbyte.errors import UsageError
-from halfbyte.layers.autograd import Context, apply_many
+from halfbyte.kernels.gemm import matmul, matmul_add_
+from halfbyte.layers.autograd import Context, apply, apply_many
 from halfbyte.layers.lora import (
     NO_ADAPTERS,
     LoraFactors,
@@ -180,9 +180,29 @@ def _trainable_forward(x_TI: Tensor, linear: Linear) -> Tensor:
     bias = None if linear.bias is None else linear.store.acquire(linear.bias)
     assert isinstance(weight, Tensor)  # noqa: S101  (checked by the caller)
     assert bias is None or isinstance(bias, Tensor)  # noqa: S101  (never in 4 bits)
-    return functional.linear(
-        x_TI, weight.to(x_TI.dtype), None if bias is None else bias.to(x_TI.dtype)
+    return apply(
+        _TrainableProjection,
+        x_TI,
+        weight.to(x_TI.dtype),
+        None if bias is None else bias.to(x_TI.dtype),
     )
+
+
+class _TrainableProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_TI, weight_OI)
+        return matmul(x_TI, weight_OI.T, bias_O)
+
+    @staticmethod
+    def backward(ctx: Context, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, weight_OI = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            matmul(grad_TO, weight_OI) if wants_x else None,
+            matmul(grad_TO.T, x_TI) if wants_weight else None,
+            grad_TO.sum(dim=0) if wants_bias else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,10 +263,12 @@ class _GroupProjection(torch.autograd.Function):
             dropped = _times(x_TI, group.keep(x_TI, probability))
             stacked = torch.cat([factors[2 * i].to(dtype) for i in members])
             ranks = [factors[2 * i].shape[0] for i in members]
-            for i, h_TR in zip(members, (dropped @ stacked.T).split(ranks, dim=1), strict=True):
+            for i, h_TR in zip(
+                members, matmul(dropped, stacked.T).split(ranks, dim=1), strict=True
+            ):
                 term = group.terms[i]
                 b_OR = factors[2 * i + 1].to(dtype)
-                outputs[term.output].addmm_(h_TR, b_OR.T, alpha=term.scale)
+                matmul_add_(outputs[term.output], h_TR, b_OR.T, alpha=term.scale)
                 hidden[i] = h_TR
         ctx.kept = group
         # The input is needed for the gradient of A only.
@@ -269,22 +291,23 @@ class _GroupProjection(torch.autograd.Function):
                 term = group.terms[i]
                 grad_TO = grads[term.output]
                 scale_b = factors[2 * i + 1].to(grad_TO.dtype) * term.scale
-                grad_hidden.append(grad_TO @ scale_b)
+                grad_hidden.append(matmul(grad_TO, scale_b))
                 if wanted[2 + 2 * i + 1]:
-                    found[2 * i + 1] = (grad_TO.T @ hidden[i]).float().mul_(term.scale)
+                    grad_b = matmul(grad_TO.T, hidden[i], dtype=torch.float32)
+                    found[2 * i + 1] = grad_b.mul_(term.scale)
             stacked_grad = torch.cat(grad_hidden, dim=1)
             keep = group.keep(stacked_grad, probability)
             if any(wanted[2 + 2 * i] for i in members):
-                grad_a = (stacked_grad.T @ _times(x_TI, keep)).float()
+                grad_a = matmul(stacked_grad.T, _times(x_TI, keep), dtype=torch.float32)
                 ranks = [factors[2 * i].shape[0] for i in members]
                 for i, part in zip(members, grad_a.split(ranks), strict=True):
                     found[2 * i] = part if wanted[2 + 2 * i] else None
             if grad_x is not None:
                 stacked = torch.cat([factors[2 * i].to(stacked_grad.dtype) for i in members])
                 if keep is None:
-                    grad_x.addmm_(stacked_grad, stacked)
+                    matmul_add_(grad_x, stacked_grad, stacked)
                 else:
-                    grad_x.addcmul_(stacked_grad @ stacked, keep)
+                    grad_x.addcmul_(matmul(stacked_grad, stacked), keep)
         return grad_x, None, *found
 
 

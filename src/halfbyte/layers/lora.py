@@ -16,6 +16,7 @@ from torch import Tensor
 
 from halfbyte.errors import UsageError
 from halfbyte.formats.checks import describe
+from halfbyte.kernels.gemm import matmul, matmul_add_
 from halfbyte.layers.segments import Segments
 
 
@@ -156,9 +157,9 @@ def add_updates(x_TI: Tensor, outputs: Sequence[Tensor], terms: Sequence[Term]) 
         return
     pairs = [term.factors.cast(x_TI.dtype) for term in terms]
     stacked = pairs[0][0] if len(pairs) == 1 else torch.cat([a for a, _ in pairs])
-    hidden = (x_TI @ stacked.T).split([a.shape[0] for a, _ in pairs], dim=1)
+    hidden = matmul(x_TI, stacked.T).split([a.shape[0] for a, _ in pairs], dim=1)
     for term, (_, b_OR), h_TR in zip(terms, pairs, hidden, strict=True):
-        outputs[term.output].addmm_(h_TR, b_OR.T, alpha=term.scale)
+        matmul_add_(outputs[term.output], h_TR, b_OR.T, alpha=term.scale)
 
 
 def dropout_mask(shape: torch.Size, probability: float, seed: int) -> Tensor:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from halfbyte.formats.quantized_tensor import QuantizedTensor
+from halfbyte.kernels.gemm import matmul
 from halfbyte.kernels.linear import linear, linear_input_gradient
 from halfbyte.layers.weights import Weight, as_tensor
 
@@ -20,14 +20,14 @@ def multiply(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> T
     """`x Wᵀ + bias`, `[T, O]`, in the dtype of `x`."""
     if isinstance(weight_OI, QuantizedTensor):
         return linear(x_TI, weight_OI, bias_O)
-    return functional.linear(x_TI, as_tensor(weight_OI, x_TI.dtype), bias_O)
+    return matmul(x_TI, as_tensor(weight_OI, x_TI.dtype).T, bias_O)
 
 
 def multiply_transposed(grad_TO: Tensor, weight_OI: Weight) -> Tensor:
     """`grad W`, `[T, I]`, in the dtype of `grad`: what reaches the input of `multiply`."""
     if isinstance(weight_OI, QuantizedTensor):
         return linear_input_gradient(grad_TO, weight_OI)
-    return grad_TO @ as_tensor(weight_OI, grad_TO.dtype)
+    return matmul(grad_TO, as_tensor(weight_OI, grad_TO.dtype))
 
 
 def bind(weight_OI: Weight, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -47,9 +47,7 @@ def bind(weight_OI: Weight, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]
 
     if isinstance(weight_OI, Tensor):
         dense = weight_OI.detach()
-        return lambda x_TI: functional.linear(
-            x_TI, as_tensor(dense, x_TI.dtype), bias_in(x_TI.dtype)
-        )
+        return lambda x_TI: matmul(x_TI, as_tensor(dense, x_TI.dtype).T, bias_in(x_TI.dtype))
     if weight_OI.stored_zero_points is not None:  # zero-points have no kernels
         return lambda x_TI: linear(x_TI, weight_OI, bias_in(x_TI.dtype))
     arguments = (*weight_OI.operator_arguments(), *weight_OI.shape)

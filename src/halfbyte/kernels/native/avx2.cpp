@@ -8,10 +8,12 @@
 #include <memory>
 
 #define HALFBYTE_ISA avx2
+#define HALFBYTE_LANES 8
 #define HALFBYTE_TARGET "avx2,fma,f16c,bmi,bmi2"
 #include "target.h"
 // (after the target, so that the loops are compiled for it)
 #include "adamw.h"
+#include "gemm.h"
 #include "matmul.h"
 
 namespace halfbyte::avx2 {
@@ -155,6 +157,10 @@ const Kernels kAvx2 = {
     .prepared_bytes = avx2::Linear::prepared_bytes,
     .prepare = avx2::Linear::prepare,
     .linear = avx2::Linear::run,
+    .gemm_pack_rows = avx2::gemm_pack_rows,
+    .gemm_pack_columns = avx2::gemm_pack_columns,
+    .gemm_block = avx2::gemm_block,
+    .gemm_preferred = {false, true, true},
     .few_rows = {128, 64, INT64_MAX},
 };
 

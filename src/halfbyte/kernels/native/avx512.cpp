@@ -11,11 +11,13 @@
 #include <immintrin.h>
 
 #define HALFBYTE_ISA avx512
+#define HALFBYTE_LANES 16
 #define HALFBYTE_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi,bmi2"
 #include "target.h"
 // (after the target, so that the loops are compiled for it)
 #include "adamw.h"
 #include "avx512.h"
+#include "gemm.h"
 #include "kernels.h"
 #include "plain.h"
 
@@ -212,6 +214,10 @@ const Kernels kAvx512Bf16 = {
     .prepared_bytes = avx512::prepared_bytes,
     .prepare = avx512::prepare,
     .linear = avx512::linear,
+    .gemm_pack_rows = avx512::gemm_pack_rows,
+    .gemm_pack_columns = avx512::gemm_pack_columns,
+    .gemm_block = avx512::gemm_block,
+    .gemm_preferred = {false, false, false},
     .few_rows = {256, 64, INT64_MAX},
 };
 

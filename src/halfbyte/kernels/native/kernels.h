@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include "gemm_types.h"
 #include "types.h"
 
 namespace halfbyte {
@@ -47,6 +48,14 @@ struct Kernels {
                   int64_t begin, int64_t end, void* prepared);
   void (*linear)(const Quantized& weight, const LinearShape& shape, DType dtype,
                  const void* prepared, int64_t begin, int64_t end, const void* bias, void* y);
+
+  // Products of matrices of any float dtype: gemm.h. `gemm_preferred` says for which dtypes,
+  // float32, bfloat16 and float16, they are faster than PyTorch's: measured, see docs/kernels.md.
+  void (*gemm_pack_rows)(const View& b, int64_t first, int64_t rows, int64_t depth, int64_t columns,
+                         float* strips);
+  void (*gemm_pack_columns)(const View& bt, int64_t columns, int64_t depth, float* strips);
+  void (*gemm_block)(const Gemm& gemm, const GemmBlock& block, float* scratch);
+  bool gemm_preferred[3];
 
   // The most rows for which `linear` is faster than filling a workspace for PyTorch's matmul,
   // for float32, bfloat16 and float16: measured, see docs/kernels.md.

@@ -6,14 +6,11 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
-#include <functional>
-#include <memory>
 #include <vector>
 
-#include "dispatch.h"
+#include "products.h"
 #include "quantized_arguments.h"
-#include "workspace.h"
+#include "thread_memory.h"
 
 namespace halfbyte {
 namespace {
@@ -24,28 +21,10 @@ constexpr int64_t kWeightGrain = 1 << 17;  // weights a thread should get at lea
 constexpr int64_t kCopyGrain = 1 << 15;    // elements of x
 constexpr int64_t kSlab = 256;             // rows for which a weight is decoded once
 
-struct FreeDeleter {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// The prepared x of one thread's calls, kept between them.
-void* prepared_memory(int64_t bytes) {
-  static thread_local std::unique_ptr<void, FreeDeleter> memory;
-  static thread_local int64_t size = 0;
-  if (bytes > size) {
-    memory.reset();
-    size = 0;
-    memory.reset(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)));
-    if (!memory) throw std::runtime_error("halfbyte::linear_4bit: out of memory");
-    size = bytes;
-  }
-  return memory.get();
-}
-
 void multiply_slab(const Quantized& weight, const LinearShape& shape, DType dtype, const void* x,
                    const void* bias, void* y) {
   const Kernels& with = kernels();
-  void* prepared = prepared_memory(with.prepared_bytes(weight, shape, dtype));
+  void* prepared = thread_memory<char>(with.prepared_bytes(weight, shape, dtype));
   const int64_t rows_each = std::max<int64_t>(1, kCopyGrain / shape.in_features);
   const auto prepare = [&](int64_t b, int64_t e) {
     with.prepare(weight, shape, dtype, x, b, e, prepared);
@@ -202,6 +181,12 @@ Tensor linear_4bit(const Tensor& x, const Tensor& codes, const Tensor& table, co
   if (shape.rows == 0) return y;
   if (shape.rows <= kernels().few_rows[static_cast<int>(dtype)]) {
     multiply_fused(weight, shape, dtype, dense, bias, y);
+  } else if (gemm_preferred(dtype)) {
+    const Operand rows{
+        {dense.const_data_ptr(), dtype, in_features}, false, shape.rows, in_features};
+    const void* offsets = bias.has_value() ? bias->const_data_ptr() : nullptr;
+    multiply_by_transposed_weight(rows, weight, out_features,
+                                  {y.mutable_data_ptr(), dtype, out_features, 1.0f, 0.0f, offsets});
   } else {
     multiply_through_workspace(weight, shape, as_matrix(dense, shape.rows, in_features), bias,
                                as_matrix(y, shape.rows, out_features));
@@ -225,6 +210,13 @@ Tensor linear_4bit_input_gradient(const Tensor& gradient, const Tensor& codes, c
   const Tensor dense = as_matrix(torch::stable::contiguous(gradient), shape.rows, out_features);
   const Tensor result = with_last_dimension(gradient, in_features);
   if (shape.rows == 0) return result;
+  if (const DType dtype = *dtype_of(gradient); gemm_preferred(dtype)) {
+    const Operand rows{
+        {dense.const_data_ptr(), dtype, out_features}, false, shape.rows, out_features};
+    multiply_by_weight(rows, weight, in_features,
+                       {result.mutable_data_ptr(), dtype, in_features, 1.0f, 0.0f, nullptr});
+    return result;
+  }
   const Tensor target = as_matrix(result, shape.rows, in_features);
   // Chunks are columns: a sum over rows of W must not be rounded between chunks.
   const int64_t column_bytes = out_features * static_cast<int64_t>(gradient.element_size());

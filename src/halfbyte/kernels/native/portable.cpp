@@ -1,8 +1,10 @@
 // For any machine: nothing but plain loops.
 
 #define HALFBYTE_ISA portable
+#define HALFBYTE_LANES 4
 
 #include "adamw.h"
+#include "gemm.h"
 #include "matmul.h"
 
 namespace halfbyte::portable {
@@ -62,6 +64,10 @@ const Kernels kPortable = {
     .prepared_bytes = portable::Linear::prepared_bytes,
     .prepare = portable::Linear::prepare,
     .linear = portable::Linear::run,
+    .gemm_pack_rows = portable::gemm_pack_rows,
+    .gemm_pack_columns = portable::gemm_pack_columns,
+    .gemm_block = portable::gemm_block,
+    .gemm_preferred = {false, true, true},
     .few_rows = {16, 64, INT64_MAX},
 };
 

@@ -19,6 +19,8 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
+  void* data() const { return data_; }
+
   // The buffer's beginning as a matrix of the dtype of `like`.
   torch::stable::Tensor view(int64_t rows, int64_t columns,
                              const torch::stable::Tensor& like) const;

@@ -1,0 +1,101 @@
+"""Products of two matrices: schemas, reference bodies, and which body runs.
+
+PyTorch multiplies 16-bit matrices fast only where the processor multiplies 16-bit numbers. On all
+others our kernels widen the factors to float32 as they pack them and multiply those: the products
+of 16-bit numbers are exact there, and the sum is rounded once.
+
+Dimension key: M rows, K summed over, N columns.
+
+Semantics:
+    matmul_into_   c_MN = alpha * (a_MK @ b_KN) + beta * c_MN + bias_N
+Sums are accumulated in float32 and rounded once, to the dtype of c.
+"""
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels import backends
+
+FEW_ROWS = 8
+"""Packing the other factor pays from here on; below, PyTorch's matrix-vector products serve."""
+
+_library = torch.library.Library("halfbyte", "FRAGMENT")
+_library.define(
+    "matmul_into_(Tensor(a!) c, Tensor a, Tensor b, Tensor? bias, float alpha, float beta) -> ()"
+)
+
+
+def matmul_into_reference(
+    c_MN: Tensor, a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None, alpha: float, beta: float
+) -> None:
+    """Write `alpha * a b + beta * c + bias` to `c`; what `c` holds is not read for beta = 0."""
+    product_MN = (a_MK.float() @ b_KN.float()).mul_(alpha)
+    if beta != 0:
+        product_MN.add_(c_MN, alpha=beta)
+    if bias_N is not None:
+        product_MN += bias_N
+    c_MN.copy_(product_MN)
+
+
+_library.impl("matmul_into_", matmul_into_reference, "CompositeExplicitAutograd")
+
+_matmul_into_ = torch.ops.halfbyte.matmul_into_.default
+
+
+@torch.library.register_fake("halfbyte::matmul_into_")
+def _(
+    c: Tensor,  # noqa: ARG001
+    a: Tensor,  # noqa: ARG001
+    b: Tensor,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    alpha: float,  # noqa: ARG001
+    beta: float,  # noqa: ARG001
+) -> None:
+    return None
+
+
+def matmul(
+    a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`a @ b + bias`, by whichever body is fastest here. Not differentiable.
+
+    Args:
+        a_MK: float32, bfloat16 or float16; any strides.
+        b_KN: The same. PyTorch, where it runs, rounds `a` to the dtype of `b`.
+        bias_N: Of the dtype of the result, or None.
+        dtype: Of the result; by default that of `b`.
+
+    Returns:
+        `[M, N]`.
+    """
+    dtype = dtype or b_KN.dtype
+    if _ours(a_MK, b_KN):
+        c_MN = b_KN.new_empty((a_MK.shape[0], b_KN.shape[1]), dtype=dtype)
+        _matmul_into_(c_MN, a_MK, b_KN, bias_N, 1.0, 0.0)
+        return c_MN
+    if bias_N is not None:
+        return torch.addmm(bias_N.to(b_KN.dtype), a_MK.to(b_KN.dtype), b_KN).to(dtype)
+    return (a_MK.to(b_KN.dtype) @ b_KN).to(dtype)
+
+
+def matmul_add_(c_MN: Tensor, a_MK: Tensor, b_KN: Tensor, *, alpha: float = 1.0) -> None:
+    """`c += alpha * (a @ b)`, by whichever body is fastest here. Not differentiable.
+
+    Args:
+        c_MN: Changed in place; elements of a row are adjacent.
+        a_MK: Of the same dtype; any strides.
+        b_KN: Of the same dtype; any strides.
+        alpha: Multiplies the product.
+    """
+    if _ours(a_MK, b_KN):
+        _matmul_into_(c_MN, a_MK, b_KN, None, alpha, 1.0)
+    else:
+        c_MN.addmm_(a_MK, b_KN, alpha=alpha)
+
+
+def _ours(a_MK: Tensor, b_KN: Tensor) -> bool:
+    return (
+        a_MK.shape[0] >= FEW_ROWS
+        and a_MK.device.type == "cpu"
+        and b_KN.dtype in backends.gemm_dtypes()
+    )
