@@ -1,0 +1,1 @@
+"""Combining adapters: expressions, factored algebra, and weights that are found."""
