@@ -14,6 +14,7 @@ PUBLIC = {
     "QuantizedTensor",
     "__version__",
     "attach",
+    "compose",
     "double_quantize",
     "load",
     "error_report",

@@ -11,6 +11,7 @@ _HOMES = {
     "HalfbyteError": "halfbyte.errors",
     "QuantizedTensor": "halfbyte.formats.quantized_tensor",
     "attach": "halfbyte.adapters.modules",
+    "compose": "halfbyte.composition.compose",
     "double_quantize": "halfbyte.formats.double_quantization",
     "error_report": "halfbyte.formats.error_report",
     "linear": "halfbyte.kernels.linear",
@@ -28,6 +29,7 @@ __all__ = ["__version__", *_HOMES]  # noqa: PLE0604  (the table is the single li
 if TYPE_CHECKING:
     from halfbyte import optim as optim
     from halfbyte.adapters.modules import attach as attach
+    from halfbyte.composition.compose import compose as compose
     from halfbyte.errors import HalfbyteError as HalfbyteError
     from halfbyte.formats.double_quantization import DoubleQuantized as DoubleQuantized
     from halfbyte.formats.double_quantization import double_quantize as double_quantize

@@ -85,6 +85,7 @@ def write_adapter(
     directory: str | Path,
     *,
     linears: Collection[str] = (),
+    beside: Mapping[str, Mapping[str, object]] | None = None,
     replace: bool = False,
 ) -> None:
     """Write an adapter that PEFT loads, whole or not at all.
@@ -94,6 +95,7 @@ def write_adapter(
         directory: Created; must not exist unless `replace`.
         linears: Paths of all linear layers of the base. With them, `target_modules` is written
             as name endings where these select exactly the adapted layers.
+        beside: Further JSON files by name.
         replace: Whether an existing directory may be replaced.
 
     Raises:
@@ -108,6 +110,8 @@ def write_adapter(
         _write_json(target / CONFIG_FILE, peft_config(adapter, linears))
         if adapter.provenance is not None:
             _write_json(target / PROVENANCE_FILE, dict(adapter.provenance))
+        for name, content in (beside or {}).items():
+            _write_json(target / name, content)
 
 
 def peft_config(adapter: Adapter, linears: Collection[str] = ()) -> dict[str, object]:

@@ -38,8 +38,8 @@ def new_directory(path: Path | str, *, replace: bool = False) -> Iterator[Path]:
             cannot exchange two directories.
     """
     target = Path(path)
-    if _exists(target) and not replace:
-        raise StorageError(f"{target} exists already", hint="Remove it, or write elsewhere.")
+    if not replace:
+        require_absent(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent)
     with _translated(target), _temporary(target, directory=True) as (temporary, _):
@@ -51,6 +51,16 @@ def new_directory(path: Path | str, *, replace: bool = False) -> Iterator[Path]:
         else:
             temporary.rename(target)
         sync_directory(target.parent)
+
+
+def require_absent(path: Path | str) -> None:
+    """Raise if there is something at `path`: what takes long asks before it begins.
+
+    Raises:
+        StorageError: It exists.
+    """
+    if _exists(Path(path)):
+        raise StorageError(f"{path} exists already", hint="Remove it, or write elsewhere.")
 
 
 @contextmanager
