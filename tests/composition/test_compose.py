@@ -114,7 +114,7 @@ def test_our_decoder_gives_them_too(oracle: Any, three: dict[str, Path], tmp_pat
     expression = next(iter(EXPRESSIONS))
     made = hb.compose(expression, adapters=three, out=tmp_path / "mix")
     decoder = make_decoder(oracle)
-    attach_adapters(decoder, [made.path])
+    attach_adapters(decoder, {"mix": made.path})
     ours = decoder.logits(TOKENS, pack([len(TOKENS)])).double()
     expected = merged_logits(oracle, three, EXPRESSIONS[expression])
     assert (ours - expected).abs().max() < 2e-5 * expected.abs().max()
