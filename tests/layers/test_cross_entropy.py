@@ -138,7 +138,7 @@ def test_the_whole_logits_never_exist() -> None:
 
 
 def test_default_chunk() -> None:
-    assert default_chunk_rows(49152) == 170
+    assert default_chunk_rows(49152) == 341
     assert default_chunk_rows(10**9) == 1
 
 

@@ -69,7 +69,7 @@ def matmul(
         `[M, N]`.
     """
     dtype = dtype or b_KN.dtype
-    if _ours(a_MK, b_KN):
+    if multiplied_here(a_MK, b_KN):
         c_MN = b_KN.new_empty((a_MK.shape[0], b_KN.shape[1]), dtype=dtype)
         _matmul_into_(c_MN, a_MK, b_KN, bias_N, 1.0, 0.0)
         return c_MN
@@ -87,13 +87,25 @@ def matmul_add_(c_MN: Tensor, a_MK: Tensor, b_KN: Tensor, *, alpha: float = 1.0)
         b_KN: Of the same dtype; any strides.
         alpha: Multiplies the product.
     """
-    if _ours(a_MK, b_KN):
+    if multiplied_here(a_MK, b_KN):
         _matmul_into_(c_MN, a_MK, b_KN, None, alpha, 1.0)
     else:
         c_MN.addmm_(a_MK, b_KN, alpha=alpha)
 
 
-def _ours(a_MK: Tensor, b_KN: Tensor) -> bool:
+def matmul_into_(c_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+    """`c = a @ b` by our kernels, each of any dtype; for what `multiplied_here` says yes to.
+
+    Args:
+        c_MN: Overwritten; elements of a row are adjacent.
+        a_MK: As in `matmul`.
+        b_KN: As in `matmul`.
+    """
+    _matmul_into_(c_MN, a_MK, b_KN, None, 1.0, 0.0)
+
+
+def multiplied_here(a_MK: Tensor, b_KN: Tensor) -> bool:
+    """Whether our kernels multiply these faster than PyTorch."""
     return (
         a_MK.shape[0] >= FEW_ROWS
         and a_MK.device.type == "cpu"

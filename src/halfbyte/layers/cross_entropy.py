@@ -16,12 +16,13 @@ from torch import Tensor
 
 from halfbyte.errors import UsageError
 from halfbyte.formats.checks import describe
+from halfbyte.kernels.cross_entropy import cross_entropy_
 from halfbyte.kernels.gemm import matmul
 from halfbyte.layers.autograd import Context, apply
-from halfbyte.layers.matmul import multiply, multiply_transposed
+from halfbyte.layers.matmul import multiply, multiply_transposed, write_product
 from halfbyte.layers.weights import Weight, WeightRef, WeightStore
 
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 64 * 2**20
 """Of float32 logits at a time, unless told otherwise."""
 
 
@@ -148,7 +149,9 @@ def _detached(weight: Weight) -> Weight:
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:
-    return (slice(begin, min(begin + size, count)) for begin in range(0, count, size))
+    """As few as there must be, of sizes as equal as can be: a short last one costs as much."""
+    parts = -(-count // size)
+    return (slice(count * i // parts, count * (i + 1) // parts) for i in range(parts))
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:
@@ -171,26 +174,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_ND) if wants_x else None
         grad_weight = torch.zeros(weight_VD.shape) if wants_weight else None
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+        # One buffer for all chunks: fresh memory costs as much as the exponentials.
+        buffer = torch.empty(
+            min(chunk_rows, len(targets_N)), weight_VD.shape[0], device=x_ND.device
+        )
         for chunk in _chunks(len(targets_N), chunk_rows):
             x_CD = x_ND[chunk]
-            logits_CV = multiply(x_CD, weight_VD).float()
+            logits_CV = buffer[: x_CD.shape[0]]
+            write_product(logits_CV, x_CD, weight_VD)
+            slope = None
             if softcap is not None:
                 logits_CV = _capped(logits_CV, softcap)
-            lse_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
-            picked_C1 = targets_N[chunk, None]
-            total += (lse_C1 - logits_CV.gather(1, picked_C1)).sum()
-            if grad_x is None and grad_weight is None:
-                continue
-            slope = None if softcap is None else 1 - (logits_CV / softcap).square_()
-            grad_CV = logits_CV.sub_(lse_C1).exp_()
-            grad_CV.scatter_add_(1, picked_C1, torch.full_like(lse_C1, -1.0))
+                slope = 1 - (logits_CV / softcap).square_()
+            total += cross_entropy_(logits_CV, targets_N[chunk], grad_scale).sum()
             if slope is not None:
-                grad_CV.mul_(slope)
-            rounded = grad_CV.mul_(grad_scale).to(x_ND.dtype)
+                logits_CV.mul_(slope)
             if grad_x is not None:
-                grad_x[chunk] = multiply_transposed(rounded, weight_VD)
+                grad_x[chunk] = multiply_transposed(logits_CV, weight_VD, x_ND.dtype)
             if grad_weight is not None:
-                grad_weight += matmul(rounded.T, x_CD, dtype=torch.float32)
+                grad_weight += matmul(logits_CV.to(x_ND.dtype).T, x_CD, dtype=torch.float32)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.kept = (grad_scale, None if trainable is None else trainable.dtype)
         return total

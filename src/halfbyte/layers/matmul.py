@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.formats.quantized_tensor import QuantizedTensor
-from halfbyte.kernels.gemm import matmul
+from halfbyte.kernels.gemm import matmul, matmul_into_, multiplied_here
 from halfbyte.kernels.linear import linear, linear_input_gradient
 from halfbyte.layers.weights import Weight, as_tensor
 
@@ -20,14 +20,32 @@ def multiply(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None) -> T
     """`x Wᵀ + bias`, `[T, O]`, in the dtype of `x`."""
     if isinstance(weight_OI, QuantizedTensor):
         return linear(x_TI, weight_OI, bias_O)
-    return matmul(x_TI, as_tensor(weight_OI, x_TI.dtype).T, bias_O)
+    if not multiplied_here(x_TI, weight_OI):
+        weight_OI = as_tensor(weight_OI, x_TI.dtype)
+    return matmul(x_TI, weight_OI.T, bias_O, dtype=x_TI.dtype)
 
 
-def multiply_transposed(grad_TO: Tensor, weight_OI: Weight) -> Tensor:
-    """`grad W`, `[T, I]`, in the dtype of `grad`: what reaches the input of `multiply`."""
+def multiply_transposed(
+    grad_TO: Tensor, weight_OI: Weight, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`grad W`, `[T, I]`, what reaches the input of `multiply`; by default in the dtype of `grad`.
+
+    Where `grad` has another dtype, it is rounded to that first unless our kernels multiply.
+    """
+    dtype = dtype or grad_TO.dtype
     if isinstance(weight_OI, QuantizedTensor):
-        return linear_input_gradient(grad_TO, weight_OI)
-    return matmul(grad_TO, as_tensor(weight_OI, grad_TO.dtype))
+        return linear_input_gradient(grad_TO.to(dtype), weight_OI)
+    if not multiplied_here(grad_TO, weight_OI):
+        grad_TO, weight_OI = grad_TO.to(dtype), as_tensor(weight_OI, dtype)
+    return matmul(grad_TO, weight_OI, dtype=dtype)
+
+
+def write_product(out_TO: Tensor, x_TI: Tensor, weight_OI: Weight) -> None:
+    """`out = x Wᵀ`, in the dtype of `out`: without a rounding to that of `x` where possible."""
+    if isinstance(weight_OI, Tensor) and multiplied_here(x_TI, weight_OI):
+        matmul_into_(out_TO, x_TI, weight_OI.T)
+    else:
+        out_TO.copy_(multiply(x_TI, weight_OI))
 
 
 def bind(weight_OI: Weight, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -15,6 +15,7 @@
 #include "adamw.h"
 #include "gemm.h"
 #include "matmul.h"
+#include "softmax.h"
 
 namespace halfbyte::avx2 {
 namespace {
@@ -157,6 +158,7 @@ const Kernels kAvx2 = {
     .prepared_bytes = avx2::Linear::prepared_bytes,
     .prepare = avx2::Linear::prepare,
     .linear = avx2::Linear::run,
+    .cross_entropy = avx2::cross_entropy,
     .gemm_pack_rows = avx2::gemm_pack_rows,
     .gemm_pack_columns = avx2::gemm_pack_columns,
     .gemm_block = avx2::gemm_block,

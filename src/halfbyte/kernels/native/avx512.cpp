@@ -20,6 +20,7 @@
 #include "gemm.h"
 #include "kernels.h"
 #include "plain.h"
+#include "softmax.h"
 
 namespace halfbyte::avx512 {
 namespace {
@@ -214,6 +215,7 @@ const Kernels kAvx512Bf16 = {
     .prepared_bytes = avx512::prepared_bytes,
     .prepare = avx512::prepare,
     .linear = avx512::linear,
+    .cross_entropy = avx512::cross_entropy,
     .gemm_pack_rows = avx512::gemm_pack_rows,
     .gemm_pack_columns = avx512::gemm_pack_columns,
     .gemm_block = avx512::gemm_block,

@@ -49,6 +49,10 @@ struct Kernels {
   void (*linear)(const Quantized& weight, const LinearShape& shape, DType dtype,
                  const void* prepared, int64_t begin, int64_t end, const void* bias, void* y);
 
+  // Rows [begin, end) of logits [., classes]: their losses, and gradients in place of the logits.
+  void (*cross_entropy)(float* logits, const int64_t* targets, int64_t begin, int64_t end,
+                        int64_t classes, float grad_scale, float* losses);
+
   // Products of matrices of any float dtype: gemm.h. `gemm_preferred` says for which dtypes,
   // float32, bfloat16 and float16, they are faster than PyTorch's: measured, see docs/kernels.md.
   void (*gemm_pack_rows)(const View& b, int64_t first, int64_t rows, int64_t depth, int64_t columns,

@@ -6,6 +6,7 @@
 #include "adamw.h"
 #include "gemm.h"
 #include "matmul.h"
+#include "softmax.h"
 
 namespace halfbyte::portable {
 namespace {
@@ -64,6 +65,7 @@ const Kernels kPortable = {
     .prepared_bytes = portable::Linear::prepared_bytes,
     .prepare = portable::Linear::prepare,
     .linear = portable::Linear::run,
+    .cross_entropy = portable::cross_entropy,
     .gemm_pack_rows = portable::gemm_pack_rows,
     .gemm_pack_columns = portable::gemm_pack_columns,
     .gemm_block = portable::gemm_block,
