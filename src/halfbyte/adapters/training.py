@@ -1,6 +1,6 @@
 """A new adapter on a decoder, ready to be trained, and back to a value that can be written."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -42,8 +42,16 @@ class TrainableAdapter:
         return Adapter(modules, base_model, self.spec.dropout, provenance)
 
 
-def attach_new_adapter(decoder: Decoder, spec: LoraSpec, seed: int) -> TrainableAdapter:
+def attach_new_adapter(
+    decoder: Decoder, spec: LoraSpec, seed: int, *, below: Sequence[str] = ()
+) -> TrainableAdapter:
     """Attach an adapter that changes nothing yet, and route every token through it.
+
+    Args:
+        decoder: The base.
+        spec: Which layers, which rank.
+        seed: Of the run.
+        below: Adapters in the banks that tokens go through as well.
 
     Raises:
         ConfigError: The spec does not fit the model's linear layers.
@@ -59,5 +67,5 @@ def attach_new_adapter(decoder: Decoder, spec: LoraSpec, seed: int) -> Trainable
         linear.attach(TRAINED, factors)
         parameters[f"{path}.lora_A"] = factors.a_RI
         parameters[f"{path}.lora_B"] = factors.b_OR
-    decoder.mixes = (((TRAINED, 1.0),),)
+    decoder.mixes = (tuple((name, 1.0) for name in (*below, TRAINED)),)
     return TrainableAdapter(spec, shapes, parameters)

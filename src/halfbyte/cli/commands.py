@@ -31,6 +31,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command("halfbyte.cli.train", "Fine-tune a model on a data file."),
     "resume": Command("halfbyte.cli.resume", "Continue a run where it stopped."),
+    "stack": Command(
+        "halfbyte.cli.stack", "Adapters trained on top of each other, as one artifact."
+    ),
     "generate": Command("halfbyte.cli.generate", "Continue text with a model."),
     "chat": Command("halfbyte.cli.chat", "Talk to a model through its chat template."),
     "compose": Command("halfbyte.cli.compose", "Combine adapters into one, by an expression."),

@@ -27,7 +27,7 @@ def inspect(
     *,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
 ) -> None:
-    """Explain a model, adapter, checkpoint or run directory, or a safetensors or GGUF file.
+    """Explain a model, adapter, stack, checkpoint or run, or a safetensors or GGUF file.
 
     Reads headers and small JSON files only: it costs neither memory nor trust. What does not agree
     or cannot be known is said on lines that begin with an exclamation mark.
@@ -52,8 +52,11 @@ def inspect_path(path: Path) -> "Inspection":
 
 
 def _inspect_directory(path: Path) -> "Inspection":
-    from halfbyte.cli import inspect_adapter, inspect_model, inspect_run
+    from halfbyte.adapters.stack_files import is_stack
+    from halfbyte.cli import inspect_adapter, inspect_model, inspect_run, inspect_stack
 
+    if is_stack(path):
+        return inspect_stack.inspect_stack(path)
     if (path / inspect_adapter.CONFIG).exists() and not inspect_run.is_checkpoint(path):
         return inspect_adapter.inspect_adapter(path)
     if inspect_run.is_checkpoint(path):
@@ -64,9 +67,9 @@ def _inspect_directory(path: Path) -> "Inspection":
         return inspect_model.inspect_model(path)
     found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
     raise FormatError(
-        f"{path}: a model, adapter, checkpoint or run expected, found {found}",
+        f"{path}: a model, adapter, stack, checkpoint or run expected, found {found}",
         hint="Each is known by a file: config.json or model.safetensors, adapter_config.json, "
-        "MANIFEST.json, metrics.jsonl.",
+        "stack.json, MANIFEST.json, metrics.jsonl.",
     )
 
 

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from halfbyte.adapters.stack_files import is_stack
 from halfbyte.cli.inspect_adapter import CONFIG as ADAPTER_CONFIG
 from halfbyte.cli.inspect_adapter import inspect_adapter
 from halfbyte.cli.inspect_files import describe_storage, storage_record
+from halfbyte.cli.inspect_stack import inspect_stack
 from halfbyte.cli.inspection import Inspection
 from halfbyte.cli.output import JsonValue, format_bytes
 from halfbyte.errors import FormatError
@@ -87,6 +89,10 @@ def inspect_run(directory: Path) -> Inspection:
         facts["adapter"] = f"rank {adapter.facts['rank']}, {adapter.facts['parameters']}"
         facts["base model"] = adapter.facts["base model"]
         record["adapter"] = adapter.record
+    elif is_stack(directory / "adapter"):
+        stack = inspect_stack(directory / "adapter")
+        facts["adapter"] = f"{stack.title}: {stack.facts['order']}"
+        record["adapter"] = stack.record
     return Inspection(directory, "run", "a training run", facts, doubts, record)
 
 

@@ -14,7 +14,7 @@ class Inspection:
 
     Attributes:
         path: What was looked at.
-        kind: `model`, `adapter`, `checkpoint`, `run`, `safetensors` or `gguf`.
+        kind: `model`, `adapter`, `stack`, `checkpoint`, `run`, `safetensors` or `gguf`.
         title: The kind in words: `a model in 4 bits`.
         facts: What is asked -> what was found, in order; `unknown` where nothing says.
         doubts: What does not agree, is missing, or was not checked; a sentence each.

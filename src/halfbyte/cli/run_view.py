@@ -37,8 +37,9 @@ class RunView:
         self._num_steps = summary["num_steps"]
         self._first_step = summary["first_step"]
         self._begin = time.monotonic()
+        above = f" on top of {summary['on_top_of']}" if summary["on_top_of"] else ""
         self._note(
-            f"{summary['method']}: {summary['num_trained']:,} trained parameters; "
+            f"{summary['method']}{above}: {summary['num_trained']:,} trained parameters; "
             f"{summary['num_documents']:,} documents, {summary['num_tokens']:,} tokens; "
             f"{summary['num_held_out']:,} held out"
         )

@@ -36,6 +36,9 @@ def train(
         str | None, typer.Option(help="Training data: a file, a folder, or a glob in quotes.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; must be new.")] = None,
+    on_top_of: Annotated[
+        str | None, typer.Option(help="An adapter or stack to keep frozen below the new one.")
+    ] = None,
 ) -> None:
     """Fine-tune a model on a data file.
 
@@ -43,7 +46,13 @@ def train(
     (or SIGTERM) saves a checkpoint and exits with 75; `halfbyte resume` goes on from there, and
     from any crash, with the same results.
     """
-    config = _config(arguments or [], model, data, out)
+    flags = {
+        "model": model,
+        "data.train": data,
+        "output.dir": None if out is None else str(out),
+        "lora.on_top_of": on_top_of,
+    }
+    config = _config(arguments or [], flags)
     from halfbyte.training.run import train as start
 
     with watch(current_output()) as observer:
@@ -51,13 +60,10 @@ def train(
     finish(current_output(), result)
 
 
-def _config(
-    arguments: list[str], model: str | None, data: str | None, out: Path | None
-) -> "Config":
+def _config(arguments: list[str], flags: dict[str, str | None]) -> "Config":
     from halfbyte.training.config_file import load_config
 
     file = None
     if arguments and "=" not in arguments[0]:
         file, arguments = arguments[0], arguments[1:]
-    flags = {"model": model, "data.train": data, "output.dir": None if out is None else str(out)}
     return load_config(file, arguments, flags)

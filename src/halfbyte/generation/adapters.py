@@ -4,10 +4,11 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from halfbyte.adapters.adapter import Adapter, check_adapter_fits
-from halfbyte.adapters.peft_files import read_adapter
+from halfbyte.adapters.attaching import attach_adapter
+from halfbyte.adapters.stack import trained_on_top_of
+from halfbyte.adapters.stack_files import load_adapter
 from halfbyte.errors import UsageError, VerificationError
-from halfbyte.layers.lora import LoraFactors, Mix
+from halfbyte.layers.lora import Mix
 from halfbyte.models.decoder import Decoder
 
 AdapterChoice = str | Mapping[str, float] | None
@@ -37,25 +38,24 @@ def attach_adapters(
 
     Args:
         decoder: The base.
-        adapters: Name in the banks -> directory in PEFT's layout.
+        adapters: Name in the banks -> directory of an adapter or a stack.
         base: Fingerprint of the base, if it is known. An adapter whose provenance names another
             one is refused; one without provenance cannot be checked so.
 
     Raises:
-        HalfbyteError: Files are missing or not valid; see `read_adapter`.
+        HalfbyteError: Files are missing or not valid; see `load_adapter`.
         FormatError: An adapter does not fit the base; all misfits are listed.
-        VerificationError: An adapter was trained on another base.
+        VerificationError: An adapter was trained on another base, or on top of another adapter.
     """
-    shapes = {
-        path: (linear.out_features, linear.in_features) for path, linear in decoder.linears.items()
-    }
     for name, directory in adapters.items():
-        adapter = read_adapter(directory)
-        check_adapter_fits(adapter, shapes, name=str(directory))
-        _require_same_base(adapter, base, directory)
-        for path, update in adapter.modules.items():
-            factors = LoraFactors(update.a_RI, update.b_OR, update.scaling, adapter.dropout)
-            decoder.linears[path].attach(name, factors)
+        adapter = load_adapter(directory)
+        if below := trained_on_top_of(adapter):
+            raise VerificationError(
+                f"adapter {directory} was trained on top of "
+                f"{' > '.join(part.name for part in below)}, and means nothing without",
+                hint="Load the stack that it is a part of; `halfbyte stack build` makes one.",
+            )
+        attach_adapter(decoder, name, adapter, base=base, source=directory)
     decoder.mixes = (tuple((name, 1.0) for name in adapters),)
 
 
@@ -102,16 +102,3 @@ def mixes_of(
             f"adapters: a list of {num_prompts}, one a prompt, expected, found {found}"
         )
     return [mix_of(choice, names) for choice in choices]
-
-
-def _require_same_base(adapter: Adapter, base: str | None, directory: Path) -> None:
-    record = (adapter.provenance or {}).get("base")
-    trained_on = record.get("fingerprint") if isinstance(record, dict) else None
-    if base is None or trained_on is None or trained_on == base:
-        return
-    raise VerificationError(
-        f"adapter {directory} was trained on another base: fingerprint {trained_on} expected, "
-        f"found {base}",
-        hint=f"Its base was {adapter.base_model or 'not named'}; quantizing again with other "
-        "settings makes another base, too.",
-    )

@@ -224,7 +224,7 @@ def load(
 
     Args:
         model: A Hugging Face model directory, such as `halfbyte quantize` writes.
-        adapters: Adapter directories in PEFT's layout, with names or called by their paths. All are
+        adapters: Directories of adapters or stacks, with names or called by their paths. All are
             used together until `Model.use` chooses.
         compute_dtype: float32, bfloat16 or float16.
         resident: Copy the weights to memory instead of mapping the files.

@@ -64,6 +64,13 @@ class DataSection(Section):
     """Whether documents of like length are trained together."""
 
 
+class LoraSection(LoraSpec):
+    """The adapter that is trained, and what lies below it."""
+
+    on_top_of: str | None = None
+    """An adapter or stack that stays frozen below the new one; the result is a stack."""
+
+
 class TrainingSection(Section):
     """How to learn."""
 
@@ -146,7 +153,7 @@ class Config(Section):
     model: str
     """A model directory; `halfbyte quantize` makes one of a hub id or a GGUF file."""
     data: DataSection
-    lora: LoraSpec = Field(default_factory=LoraSpec)
+    lora: LoraSection = Field(default_factory=LoraSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     memory: MemorySection = Field(default_factory=MemorySection)

@@ -1,4 +1,4 @@
-"""What a finished run leaves: an adapter with its provenance, or a model with all weights."""
+"""What a finished run leaves: an adapter or a stack with its provenance, or all weights."""
 
 import json
 import shlex
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import halfbyte
 from halfbyte.adapters.peft_files import write_adapter
+from halfbyte.adapters.stack import ON_TOP_OF, Stack, StackPart
+from halfbyte.adapters.stack_files import write_stack
 from halfbyte.errors import MissingFileError
 from halfbyte.formats.safetensors_writer import write_safetensors
 from halfbyte.models.record import RECORD
@@ -34,7 +36,11 @@ _COMPANIONS = (
 
 
 def provenance(
-    config: Config, tokenizer: Tokenizer, data: RunData, steps: int
+    config: Config,
+    tokenizer: Tokenizer,
+    data: RunData,
+    steps: int,
+    below: Stack | None = None,
 ) -> dict[str, object]:
     """Where an adapter comes from, by fingerprints rather than by names."""
     base = _base_record(Path(config.model))
@@ -42,6 +48,7 @@ def provenance(
         "version": PROVENANCE_VERSION,
         "halfbyte": halfbyte.__version__,
         "base": {"path": config.model, **base},
+        ON_TOP_OF: [] if below is None else below.below,
         "tokenizer": tokenizer.fingerprint,
         "data": {"train": config.data.train, "fingerprint": data.reading.fingerprint},
         "method": config.training.method,
@@ -56,7 +63,7 @@ def provenance(
 def export_result(
     model: TrainedModel, config: Config, directory: Path, origin: Mapping[str, object]
 ) -> Path:
-    """Write the adapter, or for the method `full` the model, whole or not at all.
+    """Write the adapter, the stack that it is on top of, or the model; whole or not at all.
 
     Returns:
         Where it is.
@@ -64,7 +71,13 @@ def export_result(
     if model.adapter is not None:
         target = directory / ADAPTER_DIRECTORY
         adapter = model.adapter.to_adapter(config.model, origin)
-        write_adapter(adapter, target, linears=list(model.decoder.linears), replace=True)
+        linears = list(model.decoder.linears)
+        if model.below is None:
+            write_adapter(adapter, target, linears=linears, replace=True)
+        else:
+            top = StackPart.of(directory.name, adapter)
+            stack = Stack((*model.below.parts, top))
+            write_stack(stack, target, linears=linears, replace=True)
         return target
     return _write_model(model, config, directory / MODEL_DIRECTORY, origin)
 

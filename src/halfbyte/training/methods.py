@@ -6,14 +6,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from halfbyte.adapters.attaching import attach_adapter
+from halfbyte.adapters.stack import Stack
+from halfbyte.adapters.stack_files import load_parts
 from halfbyte.adapters.training import TrainableAdapter, attach_new_adapter
 from halfbyte.errors import ConfigError
 from halfbyte.formats.quantized_tensor import QuantizedTensor
 from halfbyte.models.decoder import Decoder
 from halfbyte.models.layout import layout_of
 from halfbyte.models.load import load_decoder
+from halfbyte.models.record import recorded_fingerprint
 from halfbyte.models.trainable_store import TrainableStore
 from halfbyte.training.config import Config
+
+BELOW = "below"
+"""Name of the frozen adapter in the banks."""
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -27,12 +34,14 @@ class TrainedModel:
         parameters: What is trained, float32, by name.
         adapter: The adapter; None for the method `full`.
         store: All weights, for the method `full`; else None.
+        below: Frozen adapters that the trained one stands on; None for the base alone.
     """
 
     decoder: Decoder
     parameters: dict[str, Tensor]
     adapter: TrainableAdapter | None
     store: TrainableStore | None
+    below: Stack | None = None
 
     def refresh(self) -> None:
         """Let the decoder see what changed in the parameters."""
@@ -45,8 +54,9 @@ def open_trained_model(config: Config) -> TrainedModel:
 
     Raises:
         ConfigError: The model's storage does not fit the method, or `lora` not the model.
-        MissingFileError: There is no such model.
-        FormatError: The model directory is damaged.
+        MissingFileError: There is no such model or adapter.
+        FormatError: The model directory, or the adapter below, is damaged or does not fit.
+        VerificationError: The adapter below was trained on another base.
     """
     method = config.training.method
     compute_dtype = COMPUTE_DTYPES[config.training.compute_dtype]
@@ -57,8 +67,21 @@ def open_trained_model(config: Config) -> TrainedModel:
         store = TrainableStore(weights, compute_dtype)
         trained = Decoder(decoder.config, store, compute_dtype=compute_dtype)
         return TrainedModel(trained, store.masters, None, store)
-    adapter = attach_new_adapter(decoder, config.lora, config.training.seed)
-    return TrainedModel(decoder, adapter.parameters, adapter, None)
+    below = _attach_below(decoder, config)
+    adapter = attach_new_adapter(
+        decoder, config.lora, config.training.seed, below=() if below is None else (BELOW,)
+    )
+    return TrainedModel(decoder, adapter.parameters, adapter, None, below)
+
+
+def _attach_below(decoder: Decoder, config: Config) -> Stack | None:
+    source = config.lora.on_top_of
+    if source is None:
+        return None
+    below = Stack(load_parts(source))
+    base = recorded_fingerprint(Path(config.model))
+    attach_adapter(decoder, BELOW, below.flatten(), base=base, source=source)
+    return below
 
 
 def _require_storage(decoder: Decoder, config: Config) -> None:
@@ -67,6 +90,11 @@ def _require_storage(decoder: Decoder, config: Config) -> None:
         for linear in decoder.linears.values()
     )
     method = config.training.method
+    if method == "full" and config.lora.on_top_of is not None:
+        raise ConfigError(
+            "training.method full trains the weights themselves: lora.on_top_of has no place there",
+            hint="Merge the adapter into the base first, or train an adapter.",
+        )
     if method == "qlora" and not in_4_bits:
         raise ConfigError(
             f"training.method qlora needs a 4-bit base; {config.model} is not quantized",

@@ -129,7 +129,7 @@ def _finish(
         outcome = Trainer(session, observer, stop).run()
     if outcome.ending is Ending.STOPPED:
         return RunResult(session.directory, outcome, None)
-    origin = provenance(session.config, tokenizer, data, outcome.step)
+    origin = provenance(session.config, tokenizer, data, outcome.step, session.model.below)
     result = export_result(session.model, session.config, session.directory, origin)
     plot_losses(session.directory / METRICS_FILE, session.directory / "loss.png")
     return RunResult(session.directory, outcome, result)
@@ -152,6 +152,7 @@ def _summary(session: Session, data: RunData) -> dict[str, object]:
     return {
         "model": session.config.model,
         "method": session.config.training.method,
+        "on_top_of": None if session.model.below is None else session.model.below.order,
         "num_trained": sum(parameter.numel() for parameter in parameters),
         "num_documents": len(data.train),
         "num_tokens": data.train.num_tokens,
@@ -173,8 +174,12 @@ def _with_absolute_paths(config: Config) -> Config:
         for name in ("train", "eval")
         if (value := getattr(section, name)) is not None
     }
+    lora = config.lora
+    if lora.on_top_of is not None:
+        lora = lora.model_copy(update={"on_top_of": str(Path(lora.on_top_of).absolute())})
     return config.model_copy(
         update={
+            "lora": lora,
             "model": str(Path(config.model).absolute()),
             "data": section.model_copy(update=paths),
             "output": config.output.model_copy(

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
+from halfbyte.adapters.stack import ON_TOP_OF
 from halfbyte.data.dataset import Dataset
 from halfbyte.data.packing import PackingOptions
 from halfbyte.data.steps import StepStream
-from halfbyte.errors import FormatError
+from halfbyte.errors import FormatError, VerificationError
 from halfbyte.optim.factory import make_optimizer, weight_decay_groups
 from halfbyte.optim.optimizer import StatefulOptimizer
 from halfbyte.training.checkpoint import Checkpoint
@@ -71,6 +72,12 @@ class Session:
     loss_scale: LossScale = field(default_factory=LossScale)
     samples: Samples | None = None
 
+    @property
+    def fingerprints_below(self) -> list[str]:
+        """Of the frozen adapters, lowest first."""
+        below = self.model.below
+        return [] if below is None else [part.fingerprint for part in below.parts]
+
     def snapshot(self, position: Mapping[str, int | str]) -> Checkpoint:
         """The state after the last complete step.
 
@@ -85,6 +92,7 @@ class Session:
                 "counters": asdict(self.counters),
                 "loss_scale": asdict(self.loss_scale),
                 "position": dict(position),
+                ON_TOP_OF: self.fingerprints_below,
             },
         )
 
@@ -102,6 +110,7 @@ def open_session(
     Raises:
         DataError: No document fits the micro-batches, or the data changed since the checkpoint.
         FormatError: The checkpoint is of other parameters.
+        VerificationError: The frozen adapters changed since the checkpoint.
     """
     training, settings = config.training, config.optimizer
     options = PackingOptions(
@@ -144,6 +153,11 @@ def _restore(
 ) -> None:
     parameters = session.model.parameters
     _require_same_parameters(session, checkpoint)
+    if checkpoint.state.get(ON_TOP_OF, []) != session.fingerprints_below:
+        raise VerificationError(
+            f"{session.config.lora.on_top_of}: not the adapters that this run was begun on",
+            hint="Put back those that the run was begun on, or start another run.",
+        )
     with torch.no_grad():
         for name, tensor in parameters.items():
             tensor.copy_(checkpoint.trained[name])
