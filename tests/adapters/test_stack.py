@@ -12,6 +12,7 @@ from halfbyte.adapters.fingerprint import fingerprint_adapter
 from halfbyte.adapters.peft_files import read_adapter, write_adapter
 from halfbyte.adapters.stack import Stack, StackPart
 from halfbyte.adapters.stack_files import load_adapter, load_parts, read_stack, write_stack
+from halfbyte.composition.parts import read_parts
 from halfbyte.errors import (
     FormatError,
     HalfbyteError,
@@ -138,6 +139,13 @@ def test_a_stack_is_an_adapter_and_an_adapter_a_stack(tmp_path: Path) -> None:
     single = Stack(load_parts(tmp_path / "run" / "adapter"))
     assert (single.order, single.base) == ("run", BASE)
     assert Stack(load_parts(tmp_path / "s")).order == "sql > tone > brief"
+
+
+def test_expressions_take_stacks(tmp_path: Path) -> None:
+    write_stack(make_stack(), tmp_path / "s")
+    parts = read_parts({"s": tmp_path / "s"})
+    assert parts["s"].fingerprint == fingerprint_adapter(make_stack().flatten())
+    assert parts["s"].base_fingerprint == BASE
 
 
 def test_the_last_part_can_go_and_no_other() -> None:

@@ -27,6 +27,9 @@ def chat(
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
     adapter: generation.Adapters = None,
+    mix: Annotated[
+        str | None, typer.Option(help='Weights of named adapters: "0.7*sql + 0.3*tone".')
+    ] = None,
     max_new_tokens: generation.MaxNewTokens = None,
     temperature: generation.Temperature = None,
     top_k: generation.TopK = None,
@@ -48,7 +51,7 @@ def chat(
         stop=stop,
     )
     output = current_output()
-    opened = generation.open_model(model, adapter)
+    opened = generation.open_model(model, adapter, [] if mix is None else [mix])
     messages = [] if system is None else [{"role": "system", "content": system}]
     for turn in _turns(message):
         messages.append({"role": "user", "content": turn})

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from halfbyte.cli import generation
+from halfbyte.cli.mix import parse_mix
 from halfbyte.cli.output import current_output
 from halfbyte.cli.parsing import example, new_app
 from halfbyte.errors import UsageError
@@ -18,6 +19,8 @@ app = new_app()
         'halfbyte generate models/smollm2-nf4 "The capital of France is"',
         'halfbyte generate MODEL "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 7',
         "halfbyte generate MODEL --json < prompt.txt",
+        'halfbyte generate MODEL "SELECT" --adapter sql=runs/sql/adapter \\\n'
+        '    --adapter tone=runs/tone/adapter --mix "0.7*sql + 0.3*tone"',
     )
 )
 def generate(
@@ -28,6 +31,13 @@ def generate(
     ] = None,
     *,
     adapter: generation.Adapters = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Weights of named adapters: "0.7*sql + 0.3*tone". For all prompts, or as often '
+            "as there are prompts, one each."
+        ),
+    ] = None,
     max_new_tokens: generation.MaxNewTokens = None,
     temperature: generation.Temperature = None,
     top_k: generation.TopK = None,
@@ -56,7 +66,13 @@ def generate(
     if not all(texts):
         raise UsageError("the prompt is empty")
     output = current_output()
-    opened = generation.open_model(model, adapter)
+    mixes = mix or []
+    if len(mixes) not in {0, 1, len(texts)}:
+        expected = f"one, or one a prompt ({len(texts)}), expected"
+        raise UsageError(f"--mix: {expected}; found {len(mixes)}")
+    opened = generation.open_model(model, adapter, mixes)
+    if len(mixes) > 1:
+        options["adapters"] = [parse_mix(each, opened.adapters) for each in mixes]
     speed = generation.Speed()
     if len(texts) == 1:
         text, finish, count = generation.print_stream(output, opened.stream(texts, **options))

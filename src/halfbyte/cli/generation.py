@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory.")]
 Adapters = Annotated[
-    list[Path] | None, typer.Option("--adapter", help="An adapter to use; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="[NAME=]PATH",
+        help="An adapter or stack; may be repeated. All are used together unless --mix says else.",
+    ),
 ]
 MaxNewTokens = Annotated[
     int | None, typer.Option(help="Tokens at most.", show_default="256", min=1)
@@ -60,11 +65,21 @@ def options_of(
     return {key: value for key, value in given.items() if value is not None}  # type: ignore[return-value]
 
 
-def open_model(path: Path, adapters: list[Path] | None) -> "Model":
-    """The model with its adapters."""
+def open_model(path: Path, adapters: list[str] | None, mixes: list[str]) -> "Model":
+    """The model with its adapters; a single mix is put to use.
+
+    Raises:
+        UsageError: A mix does not parse. That is found before the model is opened.
+    """
+    from halfbyte.cli.mix import name_adapters, parse_mix
     from halfbyte.generation.model import load
 
-    return load(path, adapters=adapters or ())
+    named = name_adapters(adapters)
+    choices = [parse_mix(mix, named) for mix in mixes]
+    model = load(path, adapters=named)
+    if len(choices) == 1:
+        model.use(choices[0])
+    return model
 
 
 class Speed:

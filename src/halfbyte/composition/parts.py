@@ -6,7 +6,7 @@ from pathlib import Path
 
 from halfbyte.adapters.adapter import Adapter
 from halfbyte.adapters.fingerprint import fingerprint_adapter
-from halfbyte.adapters.peft_files import read_adapter
+from halfbyte.adapters.stack_files import load_adapter
 from halfbyte.composition.expression import Node, Stack, stacks_of
 from halfbyte.errors import (
     FormatError,
@@ -64,7 +64,7 @@ def read_parts(adapters: Mapping[str, str | Path]) -> dict[str, Part]:
 
     Raises:
         UsageError: There are none.
-        HalfbyteError: As `read_adapter`, for all that cannot be read at once.
+        HalfbyteError: As `load_adapter`, for all that cannot be read at once.
     """
     if not adapters:
         raise UsageError("adapters: at least one expected, found none")
@@ -72,7 +72,7 @@ def read_parts(adapters: Mapping[str, str | Path]) -> dict[str, Part]:
     errors: dict[str, HalfbyteError] = {}
     for name, directory in adapters.items():
         try:
-            adapter = read_adapter(directory)
+            adapter = load_adapter(directory)
         except HalfbyteError as error:
             errors[name] = error
             continue
