@@ -167,7 +167,7 @@ const Kernels kAvx2 = {
     .gemm_pack_columns = avx2::gemm_pack_columns,
     .gemm_block = avx2::gemm_block,
     .gemm_preferred = {false, true, true},
-    .few_rows = {128, 64, INT64_MAX},
+    .few_rows = {128, 64, 128},
 };
 
 }  // namespace halfbyte
