@@ -12,7 +12,6 @@ from halfbyte.errors import (
     FormatError,
     HalfbyteError,
     UnsafeArtifactError,
-    UsageError,
     VerificationError,
 )
 
@@ -63,11 +62,8 @@ def read_parts(adapters: Mapping[str, str | Path]) -> dict[str, Part]:
     """Read adapters by name.
 
     Raises:
-        UsageError: There are none.
         HalfbyteError: As `load_adapter`, for all that cannot be read at once.
     """
-    if not adapters:
-        raise UsageError("adapters: at least one expected, found none")
     parts: dict[str, Part] = {}
     errors: dict[str, HalfbyteError] = {}
     for name, directory in adapters.items():
