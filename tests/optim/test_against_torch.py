@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.optim import SGD, AdamW, PagedAdamW
+from halfbyte.optim import SGD, AdamW, AdamW8bit, PagedAdamW
 from optim.problems import assert_same, gradients, parameters, run
 
 # The kernel fuses what PyTorch's vector code fuses; elsewhere the last bit of a product may differ.
@@ -39,6 +39,15 @@ def test_adamw_is_torchs_bit_for_bit(settings: dict[str, Any], foreach: bool) ->
     for a, b in zip(ours, theirs, strict=True):
         for name in ("exp_avg", "exp_avg_sq", "step"):
             assert torch.equal(optimizer.state[a][name], oracle.state[b][name])
+
+
+@pytest.mark.parametrize("optimizer", [AdamW, AdamW8bit, SGD])
+def test_autograd_knows_that_parameters_were_written(optimizer: Any) -> None:
+    ours = parameters()
+    before = [parameter._version for parameter in ours]
+    run(optimizer(ours, lr=1e-3), ours, range(1))
+    after = [parameter._version for parameter in ours if parameter.grad is not None]
+    assert all(new > old for old, new in zip(before, after, strict=True))
 
 
 def test_torchs_fused_body_differs_by_a_few_roundings() -> None:

@@ -5,11 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from halfbyte.errors import DataError, MissingFileError, StorageError
 from halfbyte.storage.lock import lock_directory
@@ -28,14 +26,6 @@ LONG = (
     "training.tokens_per_step=200",
     "lora.dropout=0.2",
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def results(directory: Path) -> tuple[bytes, list[bytes], list[dict[str, object]]]:

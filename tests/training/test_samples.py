@@ -1,6 +1,6 @@
 """Held-out prompts continued at evaluations."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,14 @@ from halfbyte.training.samples import choose_prompts
 from training.test_resume import LONG, StopAt, results
 from training.tiny_run import make_config
 
-PLAIN = (*LONG, "training.num_epochs=1", "training.eval_steps=4", "training.eval_first=true")
+PLAIN = (
+    *LONG,
+    "training.num_epochs=1",
+    "training.eval_steps=4",
+    "training.eval_first=true",
+    "training.compute_dtype=bf16",
+)
 SAMPLED = (*PLAIN, "training.num_samples=3", "training.sample_tokens=9")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Sampled(Silent):
@@ -65,9 +63,7 @@ def test_samples_are_what_the_model_says_afterwards(whole: tuple[Path, Sampled])
     assert all(record["row"].startswith("data.jsonl:") for record in last)
     assert all(record["reference"].startswith(" ") for record in last)
     assert [r["text"] for r in last] != [r["text"] for r in found[:3]]
-    model = hb.load(
-        run.parent / "model-4bit", adapters=[run / "adapter"], compute_dtype=torch.float32
-    )
+    model = hb.load(run.parent / "model-4bit", adapters=[run / "adapter"])
     prompts = [record["prompt"] for record in last]
     assert model.generate(prompts, max_new_tokens=9) == [record["text"] for record in last]
 

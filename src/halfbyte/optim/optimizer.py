@@ -109,6 +109,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
             self._apply(one, one.param.view(-1)[part], one.grad.view(-1)[part], chunk.values)
         for one in work.values():
             self.state[one.param][STEP] += 1
+        # Our operators write without autograd's knowledge; copies in other dtypes ask it.
+        torch.autograd.graph.increment_version([one.param for one in work.values()])
         self._under_way = False
         return loss
 
