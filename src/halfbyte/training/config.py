@@ -11,6 +11,8 @@ DataFormat = Literal[
     "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "tokens"
 ]
 
+ReportName = Literal["tensorboard", "wandb"]
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -145,6 +147,9 @@ class OutputSection(Section):
 
     dir: str
     """The run directory."""
+    report_to: list[ReportName] = Field(default_factory=list)
+    """Also report to TensorBoard (files in the run directory) or Weights & Biases (offline unless
+    WANDB_MODE says otherwise). Both are optional packages; their failures never stop a run."""
 
 
 class Config(Section):

@@ -22,6 +22,7 @@ from halfbyte.training.loss_plot import plot_losses
 from halfbyte.training.methods import TrainedModel, open_trained_model
 from halfbyte.training.metrics import METRICS_FILE
 from halfbyte.training.progress import Observer, Silent
+from halfbyte.training.reports import Reports
 from halfbyte.training.run_data import RunData, open_run_data
 from halfbyte.training.samples import Samples
 from halfbyte.training.session import Session, open_session
@@ -122,11 +123,11 @@ def _begin(
 def _finish(
     session: Session, tokenizer: Tokenizer, data: RunData, observer: Observer | None
 ) -> RunResult:
-    observer = observer or Silent()
     session.samples = _samples(session, tokenizer)
-    observer.started(_summary(session, data))
-    with listen_for_stop() as stop:
-        outcome = Trainer(session, observer, stop).run()
+    reports = Reports(observer or Silent(), session.config)
+    with contextlib.closing(reports), listen_for_stop() as stop:
+        reports.started(_summary(session, data))
+        outcome = Trainer(session, reports, stop).run()
     if outcome.ending is Ending.STOPPED:
         return RunResult(session.directory, outcome, None)
     origin = provenance(session.config, tokenizer, data, outcome.step, session.model.below)
