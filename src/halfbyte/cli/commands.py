@@ -37,6 +37,6 @@ COMMANDS: dict[str, Command] = {
     "generate": Command("halfbyte.cli.generate", "Continue text with a model."),
     "chat": Command("halfbyte.cli.chat", "Talk to a model through its chat template."),
     "compose": Command("halfbyte.cli.compose", "Combine adapters into one, by an expression."),
-    "demo": Command("halfbyte.cli.demo", "Quantize a real model and show what that did to it."),
+    "demo": Command("halfbyte.cli.demo", "Quantize a real model, fine-tune it, show the effect."),
 }
 """Name -> command, in the order of the help."""
