@@ -12,6 +12,7 @@ from halfbyte.cli.progress import Advance, show_progress
 
 if TYPE_CHECKING:
     from halfbyte.composition.compose import Composition, Progress
+    from halfbyte.composition.search import FoundWeights
 
 app = new_app()
 
@@ -22,12 +23,13 @@ app = new_app()
         "    --adapter tone=runs/tone/adapter --out adapters/mix",
         'halfbyte compose "a > b" --adapter a=A --adapter b=B --out AB --fidelity 0.999',
         'halfbyte compose "ties(a, b, density=0.5)" --adapter a=A --adapter b=B --out C --rank 32',
+        "halfbyte compose --search few.jsonl --model BASE --adapter a=A --adapter b=B --out C",
     )
 )
 def compose(
     expression: Annotated[
-        str, typer.Argument(help="Over the names of --adapter.", show_default=False)
-    ],
+        str | None, typer.Argument(help="Over the names of --adapter; not with --search.")
+    ] = None,
     *,
     adapter: Annotated[list[str], typer.Option(help="NAME=PATH of an adapter; may be repeated.")],
     out: Annotated[Path, typer.Option(help="Adapter directory to write.", show_default=False)],
@@ -35,6 +37,10 @@ def compose(
     fidelity: Annotated[
         float | None, typer.Option(help="Compress, keeping this part of each layer's energy.")
     ] = None,
+    search: Annotated[
+        str | None, typer.Option(help="Find the weights of a mix on these examples, 16 to 64.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="The base, for --search.")] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Put the result in the place of an older OUT.")
     ] = False,
@@ -45,6 +51,9 @@ def compose(
     `a > b` is a stack, b having been trained on top of a. `ties(a, b, density=0.5)` and
     `dare(a, b, drop=0.3, seed=1)` work on the true updates, and `svd(..., rank=16)` or
     `svd(..., fidelity=0.99)` compress. What a compression drops is measured and reported.
+
+    With --search, the weights of a mix of all adapters are found on one half of the examples; the
+    other half decides whether they are better than the uniform mix and than every single adapter.
     """
     from halfbyte.composition.compose import compose as start
 
@@ -55,6 +64,9 @@ def compose(
             out=out,
             rank=rank,
             fidelity=fidelity,
+            search=search,
+            model=model,
+            told=current_output().note,
             replace=replace,
             progress=_shown(stack),
         )
@@ -111,6 +123,8 @@ def _show(made: "Composition") -> None:
     output = current_output()
     for note in made.notes:
         output.note(f"note: {note}")
+    if made.found is not None:
+        _show_search(made.found)
     report = made.report
     ranks = sorted({layer.rank for layer in report.layers})
     shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
@@ -132,6 +146,24 @@ def _show(made: "Composition") -> None:
             "ranks": ranks,
             "num_parameters": count,
             "notes": list(made.notes),
+            "search": None if made.found is None else cast("JsonValue", made.found.to_json()),
             "report": cast("JsonValue", report.to_json()),
         }
+    )
+
+
+def _show_search(found: "FoundWeights") -> None:
+    columns = ("mix", "weights", f"{found.num_search} searched", f"{found.num_held_out} held out")
+    rows = [
+        (
+            f"{candidate.label}{' *' if candidate is found.chosen else ''}",
+            ", ".join(f"{name} {weight:g}" for name, weight in candidate.weights.items()),
+            f"{candidate.search_loss:.4f}",
+            f"{candidate.held_out_loss:.4f}",
+        )
+        for candidate in found.candidates
+    ]
+    current_output().table(columns, rows)
+    current_output().text(
+        f"* taken: the best on held-out examples; {found.num_gradients} gradients"
     )

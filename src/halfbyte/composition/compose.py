@@ -8,11 +8,12 @@ import halfbyte
 from halfbyte.adapters.adapter import Adapter, LoraUpdate
 from halfbyte.adapters.peft_files import write_adapter
 from halfbyte.composition.evaluate import evaluate_layer
-from halfbyte.composition.expression import Node, Svd, to_text, weights_of
+from halfbyte.composition.expression import Name, Node, Sum, Svd, to_text, weights_of
 from halfbyte.composition.factored import Factored, from_update
 from halfbyte.composition.parser import parse
 from halfbyte.composition.parts import Part, features_of, read_parts, require_compatible
 from halfbyte.composition.report import EnergyReport, LayerEnergy
+from halfbyte.composition.search import FoundWeights, Told, find_weights
 from halfbyte.errors import FormatError, UsageError
 from halfbyte.storage.atomic import require_absent
 
@@ -33,6 +34,7 @@ class Composition:
         adapter: Its factors.
         parts: The adapters it was made of, by name.
         report: What was kept and dropped.
+        found: How the weights were found; None when an expression gave them.
         notes: What could not be verified, and what a user should know, a sentence each.
     """
 
@@ -41,38 +43,52 @@ class Composition:
     adapter: Adapter
     parts: Mapping[str, Part]
     report: EnergyReport
+    found: FoundWeights | None
     notes: tuple[str, ...]
 
 
 def compose(
-    expression: str,
+    expression: str | None = None,
     *,
     adapters: Mapping[str, str | Path],
     out: str | Path,
     rank: int | None = None,
     fidelity: float | None = None,
+    search: str | Path | None = None,
+    model: str | Path | None = None,
     replace: bool = False,
     progress: Progress | None = None,
+    told: Told | None = None,
 ) -> Composition:
     """Combine adapters into one, exactly unless the expression or a limit says otherwise.
 
     Args:
         expression: Such as `0.7*sql + 0.3*tone`, `a > b`, `svd(ties(a, b, density=0.5), rank=16)`.
+            Without one, the weights of a sum of all adapters are searched.
         adapters: Name in the expression -> directory in PEFT's layout.
         out: The adapter directory to write.
         rank: Compress the result to at most this rank: `svd(expression, rank=...)`.
         fidelity: Compress every layer to the smallest rank that keeps this part of its energy.
+        search: Instead of an expression, 16 to 64 examples to find weights on; see `find_weights`.
+        model: The base, for a search.
         replace: Whether `out` may be replaced.
         progress: Told after each layer.
+        told: Told of every step of a search.
 
     Raises:
-        UsageError: The expression cannot be used; every fault is shown at its place.
+        UsageError: The expression cannot be used; every fault is shown at its place. Or there are
+            no adapters, or not one of an expression and a search.
         HalfbyteError: Adapters cannot be read.
         VerificationError: They were trained on different bases, or in another order.
         FormatError: Their shapes differ, or the result is not finite or nothing at all.
         StorageError: `out` exists, or writing failed.
     """
-    node = _limited(parse(expression, adapters.keys()), rank, fidelity)
+    if not adapters:
+        raise UsageError("adapters: at least one expected, found none")
+    if (expression is None) == (search is None) or (search is None) != (model is None):
+        raise UsageError("compose: an expression, or search and model together, expected")
+    text = " + ".join(adapters) if expression is None else expression
+    node = _limited(parse(text, adapters.keys()), rank, fidelity)
     weights = weights_of(node)
     used = {name: directory for name, directory in adapters.items() if name in weights}
     _require_writable(Path(out), used, replace=replace)
@@ -80,17 +96,19 @@ def compose(
     notes = list(require_compatible(parts, node))
     if unused := [name for name in adapters if name not in weights]:
         notes.append(f"the expression does not name {', '.join(unused)}")
+    found = None
+    if search is not None and model is not None:
+        found = find_weights(model, {n: Path(p) for n, p in adapters.items()}, search, told=told)
+        notes += found.notes
+        terms = tuple((w, Name(name)) for name, w in found.chosen.weights.items() if w)
+        node = _limited(Sum(terms), rank, fidelity)
+        weights = weights_of(node)
+        parts = {name: part for name, part in parts.items() if name in weights}
     modules, report = _evaluate(node, parts, progress)
-    adapter = Adapter(
-        modules, _base_model(parts, notes), provenance=_provenance(node, parts, weights)
-    )
-    write_adapter(
-        adapter,
-        out,
-        beside={REPORT_FILE: report.to_json()},
-        replace=replace,
-    )
-    return Composition(Path(out), to_text(node), adapter, parts, report, tuple(notes))
+    provenance = _provenance(node, parts, weights, found)
+    adapter = Adapter(modules, _base_model(parts, notes), provenance=provenance)
+    write_adapter(adapter, out, beside={REPORT_FILE: report.to_json()}, replace=replace)
+    return Composition(Path(out), to_text(node), adapter, parts, report, found, tuple(notes))
 
 
 def _limited(node: Node, rank: int | None, fidelity: float | None) -> Node:
@@ -163,7 +181,10 @@ def _base_model(parts: Mapping[str, Part], notes: list[str]) -> str:
 
 
 def _provenance(
-    node: Node, parts: Mapping[str, Part], weights: Mapping[str, float]
+    node: Node,
+    parts: Mapping[str, Part],
+    weights: Mapping[str, float],
+    found: FoundWeights | None,
 ) -> dict[str, object]:
     base = next((part.base for part in parts.values() if part.base_fingerprint), {})
     return {
@@ -172,6 +193,7 @@ def _provenance(
         "base": dict(base),
         "composition": {
             "expression": to_text(node),
+            "search": None if found is None else found.to_json(),
             "parts": {
                 name: {
                     "path": str(part.directory.absolute()),

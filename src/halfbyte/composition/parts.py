@@ -1,18 +1,24 @@
 """The adapters that an expression names: read, and checked against each other."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from halfbyte.adapters.adapter import Adapter
 from halfbyte.adapters.fingerprint import fingerprint_adapter
-from halfbyte.adapters.stack_files import load_adapter
-from halfbyte.composition.expression import Node, Stack, stacks_of
+from halfbyte.adapters.stack import Stack as TrainedStack
+from halfbyte.adapters.stack import (
+    StackPart,
+    base_fingerprint,
+    order_problems,
+    trained_on_top_of,
+)
+from halfbyte.adapters.stack_files import load_parts
+from halfbyte.composition.expression import Node, stacks_of
 from halfbyte.errors import (
     FormatError,
     HalfbyteError,
     UnsafeArtifactError,
-    UsageError,
     VerificationError,
 )
 
@@ -22,19 +28,21 @@ _SHORT = 16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """An adapter by its name in expressions.
+    """An adapter, or a stack as one, by its name in expressions.
 
     Attributes:
         name: In expressions.
         directory: Where it was read.
         adapter: Its factors.
         fingerprint: Of factors and scalings.
+        members: The adapters of a stack, lowest first; else the adapter as the only one.
     """
 
     name: str
     directory: Path
     adapter: Adapter
     fingerprint: str
+    members: tuple[StackPart, ...]
 
     @property
     def base(self) -> Mapping[str, object]:
@@ -45,38 +53,24 @@ class Part:
     @property
     def base_fingerprint(self) -> str | None:
         """Of the model it was trained on, where that is known."""
-        found = self.base.get("fingerprint")
-        return found if isinstance(found, str) else None
-
-    @property
-    def trained_over(self) -> tuple[str, ...] | None:
-        """Fingerprints of the adapters it was trained on top of; None where nothing is known."""
-        if self.adapter.provenance is None:
-            return None
-        below = self.adapter.provenance.get("on_top_of", ())
-        records = below if isinstance(below, list) else []
-        found = [record.get("fingerprint") for record in records if isinstance(record, dict)]
-        return tuple(fingerprint for fingerprint in found if isinstance(fingerprint, str))
+        return base_fingerprint(self.adapter)
 
 
 def read_parts(adapters: Mapping[str, str | Path]) -> dict[str, Part]:
     """Read adapters by name.
 
     Raises:
-        UsageError: There are none.
-        HalfbyteError: As `load_adapter`, for all that cannot be read at once.
+        HalfbyteError: As `load_parts`, for all that cannot be read at once.
     """
-    if not adapters:
-        raise UsageError("adapters: at least one expected, found none")
     parts: dict[str, Part] = {}
     errors: dict[str, HalfbyteError] = {}
     for name, directory in adapters.items():
         try:
-            adapter = load_adapter(directory)
+            members = load_parts(directory)
         except HalfbyteError as error:
             errors[name] = error
             continue
-        parts[name] = Part(name, Path(directory), adapter, fingerprint_adapter(adapter))
+        parts[name] = _to_part(name, Path(directory), members)
     if len(errors) == 1:
         raise next(iter(errors.values()))
     if errors:
@@ -115,6 +109,13 @@ def features_of(parts: Mapping[str, Part]) -> dict[str, tuple[int, int]]:
     return found
 
 
+def _to_part(name: str, directory: Path, members: tuple[StackPart, ...]) -> Part:
+    if len(members) == 1:
+        return Part(name, directory, members[0].adapter, members[0].fingerprint, members)
+    flat = TrainedStack(members).flatten()
+    return Part(name, directory, flat, fingerprint_adapter(flat), members)
+
+
 def _lines(error: HalfbyteError) -> list[str]:
     return [f"{error.message}: {line}" for line in error.problems] or [error.message]
 
@@ -146,45 +147,28 @@ def _shape_problems(parts: Mapping[str, Part]) -> list[str]:
 
 
 def _order_problems(parts: Mapping[str, Part], node: Node) -> list[str]:
-    return [p for stack in stacks_of(node) for p in _stack_problems(parts, stack)]
+    return [
+        problem
+        for stack in stacks_of(node)
+        for problem in order_problems(
+            [member for part in stack.parts for member in _renamed(parts[part.name])]
+        )
+    ]
 
 
-def _stack_problems(parts: Mapping[str, Part], stack: Stack) -> list[str]:
-    problems = []
-    members = [parts[part.name] for part in stack.parts]
-    for place, part in enumerate(members):
-        over = part.trained_over
-        below = tuple(member.fingerprint for member in members[:place])
-        if over is None or over == below:
-            continue
-        above = [member.name for member in members[place + 1 :] if member.fingerprint in over]
-        if above:
-            problems.append(
-                f"{part.name} was trained on top of {', '.join(above)}, not below: "
-                f"write {above[-1]} > {part.name}"
-            )
-        elif not over:
-            problems.append(
-                f"{part.name} was trained on the base alone, not on top of "
-                f"{members[place - 1].name}: use '+' to mix them"
-            )
-        else:
-            problems.append(
-                f"{part.name} was trained on top of {_short(over)}, "
-                f"the stack puts it on top of {_short(below) or 'the base'}"
-            )
-    return problems
-
-
-def _short(fingerprints: tuple[str, ...]) -> str:
-    return " > ".join(fingerprint[:_SHORT] for fingerprint in fingerprints)
+def _renamed(part: Part) -> tuple[StackPart, ...]:
+    """The members by the name that the expression has for them, where it has one."""
+    if len(part.members) > 1:
+        return part.members
+    return (replace(part.members[0], name=part.name),)
 
 
 def _unverified(parts: Mapping[str, Part]) -> Iterator[str]:
-    fingerprints = {part.fingerprint for part in parts.values()}
+    used = {member.fingerprint for part in parts.values() for member in part.members}
     for name, part in parts.items():
         if part.base_fingerprint is None:
             base = part.adapter.base_model or "not named"
             yield f"{name}: its base is known by name only ({base}), so it was not compared"
-        if missing := tuple(f for f in part.trained_over or () if f not in fingerprints):
-            yield f"{name} was trained on top of {_short(missing)}, which is not part of this"
+        below = trained_on_top_of(part.members[0].adapter) or ()
+        if missing := [entry.name for entry in below if entry.fingerprint not in used]:
+            yield f"{name} was trained on top of {' > '.join(missing)}, which is not part of this"
