@@ -39,7 +39,7 @@ def main() -> int:
     print(
         f"{machine.cpu}, {machine.threads} threads: read {machine.read_rate / 1e9:.0f} GB/s, "
         f"write {machine.write_rate / 1e9:.0f} GB/s, "
-        f"bfloat16 matmul {machine.matmul_rate / 1e9:.0f} GFLOP/s\n"
+        f"matmul {machine.matmul_rate / 1e9:.0f} GFLOP/s\n"
     )
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
     red = False

@@ -91,7 +91,7 @@ class Machine:
         return num_bytes / self.write_rate * 1e3
 
     def multiplying(self, operations: float) -> float:
-        """Milliseconds at the rate of PyTorch's largest bfloat16 matmul."""
+        """Milliseconds at the rate of PyTorch's largest matmul, bfloat16 or float32."""
         return operations / self.matmul_rate * 1e3
 
 
@@ -171,10 +171,9 @@ def describe_machine() -> Machine:
         model = f"{model} ({family})"
         features = sorted(flags & {"avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16"})
     big = torch.empty(1 << 28, dtype=torch.uint8).fill_(1)
-    a, b = torch.randn(2048, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16()
     floats = big.view(torch.float32)
-    actions: list[Action] = [floats.sum, lambda: big.fill_(2), lambda: a @ b]
-    read, write, matmul = (min(record) / 1e3 for record in take_turns(actions, 7))
+    actions: list[Action] = [floats.sum, lambda: big.fill_(2)]
+    read, write = (min(record) / 1e3 for record in take_turns(actions, 7))
     return Machine(
         cpu=model,
         cores=os.cpu_count() or 1,
@@ -182,9 +181,20 @@ def describe_machine() -> Machine:
         features=features,
         read_rate=big.numel() / read,
         write_rate=big.numel() / write,
-        matmul_rate=2 * 2048 * 4096 * 4096 / matmul,
+        matmul_rate=_matmul_rate(),
         versions={"python": platform.python_version()} | _versions(),
     )
+
+
+def _matmul_rate() -> float:
+    """Operations a second of the faster dtype; the slower may be a hundred times as slow."""
+    rows, size = 1024, 2048
+    best = 0.0
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(rows, size).to(dtype), torch.randn(size, size).to(dtype)
+        (record,) = take_turns([lambda a=a, b=b: a @ b.T], 3)  # type: ignore[misc]
+        best = max(best, 2 * rows * size * size / (min(record) / 1e3))
+    return best
 
 
 def _versions() -> dict[str, str]:

@@ -43,15 +43,20 @@ def normals(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+@pytest.fixture(params=["kernel", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native kernel where there is one; PyTorch's attention, in blocks small enough to cut."""
+    if request.param == "torch":
+        monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+        monkeypatch.setattr(attention, "_has_kernel", lambda _: False)
+    elif not attention._has_kernel(torch.zeros(1)):
+        pytest.skip("native kernels are absent")
 
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize(("heads", "groups"), HEADS)
 @pytest.mark.parametrize("counts", [[13], [1, 9, 2, 17]], ids=str)
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("path")
 def test_packed(spec: AttentionSpec, heads: int, groups: int, counts: list[int]) -> None:
     segments = pack(counts)
     shapes = [(sum(counts), h, 8) for h in (heads, groups, groups)]
@@ -73,7 +78,7 @@ def test_packed(spec: AttentionSpec, heads: int, groups: int, counts: list[int])
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize(("heads", "groups"), HEADS)
 @pytest.mark.parametrize(("new", "past"), [([1], [11]), ([1, 6, 1, 3], [4, 9, 0, 0])], ids=str)
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("path")
 def test_cached(
     spec: AttentionSpec, heads: int, groups: int, new: list[int], past: list[int]
 ) -> None:

@@ -143,13 +143,6 @@ def _kernels(machine: Machine, software: Software) -> Iterator[Problem]:
             "the processor has no AVX2: only the portable kernels run, several times slower",
             "",
         )
-    if features and not features & {"avx512_bf16", "amx_bf16", "bf16"}:
-        yield Problem(
-            "no-bf16",
-            "note",
-            "the processor has no bf16 instructions: bf16 is emulated, so compare it with fp32",
-            "halfbyte train CONFIG training.compute_dtype=float32",
-        )
 
 
 def _memory(machine: Machine) -> Iterator[Problem]:

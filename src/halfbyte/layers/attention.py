@@ -1,7 +1,8 @@
 """Causal attention over packed segments, with grouped heads, windows and a ragged cache.
 
-Two entrances, each one function that a kernel can replace: `packed_attention` when all keys are
-in the batch, `cached_attention` when earlier keys are in a cache.
+Two entrances: `packed_attention` when all keys are in the batch, `cached_attention` when earlier
+keys are in a cache. On a CPU with native kernels both run those, but for single queries; elsewhere,
+and for single queries, PyTorch's attention.
 
 Dimension key:
     T  tokens, packed         H  query heads
@@ -17,6 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from halfbyte.kernels import backends
+from halfbyte.kernels.attention import attention as kernel
+from halfbyte.kernels.attention import attention_backward as kernel_backward
+from halfbyte.layers.autograd import Context, apply
 from halfbyte.layers.segments import Segments
 
 QUERY_BLOCK = 1024
@@ -42,6 +47,9 @@ def packed_attention(
     q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, segments: Segments, spec: AttentionSpec
 ) -> Tensor:
     """Attention of each segment over itself, `[T, H, D]`. Differentiable."""
+    if _has_kernel(q_THD):
+        cu_seqlens = segments.cu_seqlens_q
+        return _by_kernel(q_THD, k_TGD, v_TGD, (cu_seqlens, cu_seqlens), spec)
     bounds = segments.bounds_q
     parts = [
         _segment_attention(
@@ -82,12 +90,59 @@ def cached_attention(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _has_kernel(x: Tensor) -> bool:
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    return x.device.type == "cpu" and x.dtype in floats and backends.native_in_use()
+
+
+class _Attention(torch.autograd.Function):
+    """Saves its inputs and output, and a number for each row of scores: not the scores."""
+
+    @staticmethod
+    def forward(
+        ctx: Context,
+        q_THD: Tensor,
+        k_SGD: Tensor,
+        v_SGD: Tensor,
+        bounds: tuple[Tensor, Tensor],
+        spec: AttentionSpec,
+    ) -> Tensor:
+        call = (*bounds, spec.scale, spec.window, spec.softcap)
+        out_THD, lse_HT = kernel(q_THD, k_SGD, v_SGD, *call)
+        ctx.save_for_backward(q_THD, k_SGD, v_SGD, out_THD, lse_HT)
+        ctx.kept = call
+        return out_THD  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Context, grad_THD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        grad_q, grad_k, grad_v = kernel_backward(grad_THD, *ctx.saved_tensors, *ctx.kept)
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _by_kernel(
+    q_THD: Tensor,
+    k_SGD: Tensor,
+    v_SGD: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    spec: AttentionSpec,
+) -> Tensor:
+    """`[T, H, D]`; `bounds` are the `cu_seqlens` of queries and of keys."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_THD, k_SGD, v_SGD)):
+        return apply(_Attention, q_THD, k_SGD, v_SGD, bounds, spec)
+    out_THD, _ = kernel(q_THD, k_SGD, v_SGD, *bounds, spec.scale, spec.window, spec.softcap)
+    return out_THD  # type: ignore[no-any-return]
+
+
 def _segment_attention(q_QHD: Tensor, k_GSD: Tensor, v_GSD: Tensor, spec: AttentionSpec) -> Tensor:
     """`[Q, H, D]`; the last query sees the last key."""
     num_queries, num_keys = q_QHD.shape[0], k_GSD.shape[1]
     if num_queries == 1:
         begin = 0 if spec.window is None else max(0, num_keys - spec.window)
         return _one_query(q_QHD, k_GSD[:, begin:], v_GSD[:, begin:], spec)
+    if _has_kernel(q_QHD):
+        counts = torch.tensor([[0, num_queries], [0, num_keys]], dtype=torch.int32)
+        bounds = (counts[0], counts[1])
+        return _by_kernel(q_QHD, k_GSD.transpose(0, 1), v_GSD.transpose(0, 1), bounds, spec)
     windowed = spec.window is not None and spec.window < num_keys
     if num_queries == num_keys and not windowed and spec.softcap is None:
         return _attend(q_QHD, k_GSD, v_GSD, None, spec)

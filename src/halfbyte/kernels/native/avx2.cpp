@@ -13,6 +13,7 @@
 #include "target.h"
 // (after the target, so that the loops are compiled for it)
 #include "adamw.h"
+#include "attention.h"
 #include "gemm.h"
 #include "matmul.h"
 #include "softmax.h"
@@ -155,6 +156,9 @@ const Kernels kAvx2 = {
     .dequantize_8bit = avx2::dequantize_8bit,
     .adamw_moments = avx2::adamw_moments,
     .adamw_apply = avx2::adamw_apply,
+    .attention_forward = avx2::attention_forward,
+    .attention_delta = avx2::attention_delta,
+    .attention_backward = avx2::attention_backward,
     .prepared_bytes = avx2::Linear::prepared_bytes,
     .prepare = avx2::Linear::prepare,
     .linear = avx2::Linear::run,
@@ -163,7 +167,7 @@ const Kernels kAvx2 = {
     .gemm_pack_columns = avx2::gemm_pack_columns,
     .gemm_block = avx2::gemm_block,
     .gemm_preferred = {false, true, true},
-    .few_rows = {128, 64, INT64_MAX},
+    .few_rows = {128, 64, 128},
 };
 
 }  // namespace halfbyte

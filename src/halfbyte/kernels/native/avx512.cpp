@@ -16,6 +16,7 @@
 #include "target.h"
 // (after the target, so that the loops are compiled for it)
 #include "adamw.h"
+#include "attention.h"
 #include "avx512.h"
 #include "gemm.h"
 #include "kernels.h"
@@ -212,6 +213,9 @@ const Kernels kAvx512Bf16 = {
     .dequantize_8bit = avx512::dequantize_8bit_fast,
     .adamw_moments = avx512::adamw_moments,
     .adamw_apply = avx512::adamw_apply,
+    .attention_forward = avx512::attention_forward,
+    .attention_delta = avx512::attention_delta,
+    .attention_backward = avx512::attention_backward,
     .prepared_bytes = avx512::prepared_bytes,
     .prepare = avx512::prepare,
     .linear = avx512::linear,

@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include "attention_types.h"
 #include "gemm_types.h"
 #include "types.h"
 
@@ -38,6 +39,12 @@ struct Kernels {
                         float* exp_avg_sq, float* root, int64_t count);
   void (*adamw_apply)(const AdamWScalars& scalars, const float* exp_avg, const float* root,
                       float* param, int64_t count);
+
+  // Causal attention for what a task owns, with scratch memory of the thread: attention_types.h.
+  // `attention_delta` is for tokens [begin, end).
+  void (*attention_forward)(const Attention& attention, const AttentionTask& task, float* scratch);
+  void (*attention_delta)(const Attention& attention, int64_t begin, int64_t end);
+  void (*attention_backward)(const Attention& attention, const AttentionTask& task, float* scratch);
 
   // x W^T for few rows, in two steps. `prepare` rewrites rows [begin, end) of x [rows,
   // in_features] in the order that `linear` reads; `linear` writes outputs [begin, end) of every

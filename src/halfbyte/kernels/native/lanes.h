@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "types.h"
+#include "plain.h"
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -17,7 +17,10 @@ namespace {
 
 constexpr int kLanes = HALFBYTE_LANES;
 typedef float Floats __attribute__((vector_size(4 * HALFBYTE_LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * HALFBYTE_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * HALFBYTE_LANES)));
+
+inline Floats broadcast(float x) { return x - Floats{}; }
 
 inline Floats load(const float* p) {
   Floats v;
@@ -27,7 +30,41 @@ inline Floats load(const float* p) {
 
 inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
 
-inline Floats broadcast(float x) { return x - Floats{}; }
+// A register of any dtype, as floats; and the other way, rounded as in types.h.
+template <DType dtype>
+inline Floats load(const typename Element<dtype>::Type* p) {
+  if constexpr (dtype == DType::kFloat32) {
+    return load(p);
+  } else {
+    Halves v;
+    __builtin_memcpy(&v, p, sizeof v);
+    const Ints bits = __builtin_convertvector(v, Ints);
+    if constexpr (dtype == DType::kBFloat16) return (Floats)(bits << 16);
+    // As float16_to_float.
+    const Ints magnitude = (bits & 0x7fff) << 13;
+    const Floats scaled = (Floats)magnitude * broadcast(0x1p112f);
+    const Ints special = (magnitude >= (31 << 23)) & int32_t(kInfinityBits);
+    return (Floats)((Ints)scaled | special | ((bits & 0x8000) << 16));
+  }
+}
+
+template <DType dtype>
+inline void store(typename Element<dtype>::Type* p, Floats v) {
+  if constexpr (dtype == DType::kFloat32) {
+    store(p, v);
+  } else if constexpr (dtype == DType::kBFloat16) {
+    const Ints bits = (Ints)v;
+    // An addition that would turn a NaN into something else is undone: those are quiet here.
+    const Ints rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const Ints result = v == v ? rounded : Ints{} + 0x7fc00000;
+    const Halves halves = __builtin_convertvector(result >> 16, Halves);
+    __builtin_memcpy(p, &halves, sizeof halves);
+  } else {
+    float lanes[kLanes];
+    store(lanes, v);
+    for (int i = 0; i < kLanes; ++i) p[i] = float_to_float16(lanes[i]);
+  }
+}
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 

@@ -4,6 +4,7 @@
 #define HALFBYTE_LANES 4
 
 #include "adamw.h"
+#include "attention.h"
 #include "gemm.h"
 #include "matmul.h"
 #include "softmax.h"
@@ -62,6 +63,9 @@ const Kernels kPortable = {
     .dequantize_8bit = portable::dequantize_8bit,
     .adamw_moments = portable::adamw_moments,
     .adamw_apply = portable::adamw_apply,
+    .attention_forward = portable::attention_forward,
+    .attention_delta = portable::attention_delta,
+    .attention_backward = portable::attention_backward,
     .prepared_bytes = portable::Linear::prepared_bytes,
     .prepare = portable::Linear::prepare,
     .linear = portable::Linear::run,

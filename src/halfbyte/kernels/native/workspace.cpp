@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -38,6 +39,14 @@ constexpr int64_t kPage = 2 << 20;  // huge pages, where the system grants them
 }  // namespace
 
 Workspace::Workspace(int64_t bytes) {
+  take(bytes);
+#if defined(__SANITIZE_ADDRESS__)
+  // Every float is NaN: what reads before it writes is seen in its results.
+  std::memset(data_, 0xff, static_cast<size_t>(bytes));
+#endif
+}
+
+void Workspace::take(int64_t bytes) {
   const int64_t wanted = std::max<int64_t>(1, (bytes + kPage - 1) / kPage) * kPage;
   Pool& shared = pool();
   const std::lock_guard lock(shared.mutex);

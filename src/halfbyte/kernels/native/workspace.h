@@ -1,4 +1,4 @@
-// Memory for one decoded weight, reused from call to call.
+// Memory for a decoded weight or the blocks of an attention, reused from call to call.
 //
 // A fresh buffer would cost a page fault per 4 KiB, four times the price of decoding into it. As
 // many buffers exist as calls run at the same time; they are kept until `release_workspace`.
@@ -26,6 +26,8 @@ class Workspace {
                              const torch::stable::Tensor& like) const;
 
  private:
+  void take(int64_t bytes);
+
   void* data_;
   int64_t bytes_;
 };
