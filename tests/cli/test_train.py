@@ -46,6 +46,18 @@ def test_a_run_from_a_config_with_json(
     assert events[-1]["ending"] == "complete"
 
 
+def test_a_paged_run_says_what_was_paged(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paged = ("optimizer.name=paged_adamw_8bit", "optimizer.fast_bytes=8MiB")
+    assert app.run([*arguments, "training.max_steps=1", *paged, "--json"]) == 0
+    out = capsys.readouterr()
+    finished = json.loads(out.out.splitlines()[-1])
+    assert finished["paging"]["fast_bytes"] == 8 * 2**20
+    assert finished["paging"]["misses"] >= 0
+    assert "of state and gradients in at most" in out.err
+
+
 def test_stopping_exits_with_75_and_resuming_finishes(
     arguments: list[str],
     tmp_path: Path,

@@ -55,7 +55,7 @@ def test_parts_cover_items_once_and_do_not_overlap(
 def test_views_are_of_the_page_itself() -> None:
     page = torch.zeros(4096, dtype=torch.uint8)
     part = Part(0, 256, 556, (0, 320))
-    codes, scales = part.views(page, BYTES)
+    codes, scales = part.views(page, BYTES, part.begin, part.end)
     assert (codes.shape, scales.shape) == ((300,), (2,))
     codes.fill_(7)
     scales.fill_(1.5)

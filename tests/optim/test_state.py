@@ -10,7 +10,15 @@ import torch
 from halfbyte.errors import FormatError, StorageError, UnsupportedError, UsageError
 from halfbyte.formats.safetensors_file import SafetensorsFile
 from halfbyte.formats.safetensors_writer import SafetensorsWriter
-from halfbyte.optim import NAMES, AdamW, AdamW8bit, PagedAdamW, make_optimizer, weight_decay_groups
+from halfbyte.optim import (
+    NAMES,
+    AdamW,
+    AdamW8bit,
+    PagedAdamW,
+    footprint,
+    make_optimizer,
+    weight_decay_groups,
+)
 from optim.problems import PAGE, assert_same, gradients, parameters, run
 
 
@@ -304,3 +312,19 @@ def test_matrices_decay_and_vectors_do_not() -> None:
         weight_decay_groups([("a", torch.nn.Parameter(torch.zeros(2)))], 0.1)[0]["weight_decay"]
         == 0
     )
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw_8bit", "lion", "sgd_8bit"])
+def test_the_footprint_is_known_beforehand(name: str) -> None:
+    params = parameters()
+    budget = 2**20 if name.startswith("paged") else None
+    optimizer = make_optimizer(name, params, lr=1e-3, fast_bytes=budget, page_bytes=PAGE)
+    run(optimizer, params, range(1))
+    found = footprint(name, [param.numel() for param in params], fast_bytes=budget)
+    assert found.state == optimizer.state_bytes
+    assert found.gradients == sum(param.nbytes for param in params)
+    if budget is None:
+        assert found.resident == found.state + found.gradients
+    assert footprint(name, [10**9], fast_bytes=10**6).resident == 10**6
+    with pytest.raises(UsageError, match="unknown optimizer"):
+        footprint("adam", [1])

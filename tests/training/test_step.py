@@ -8,6 +8,7 @@ from torch import Tensor
 
 from halfbyte.data.batch import build_batch
 from halfbyte.layers.cross_entropy import linear_cross_entropy
+from halfbyte.optim.accumulators import ResidentAccumulator
 from halfbyte.text.tokenizer import Tokenizer
 from halfbyte.training.methods import TrainedModel, open_trained_model
 from halfbyte.training.run_data import RunData, open_run_data
@@ -36,7 +37,8 @@ def gradients_of(
     model: TrainedModel, data: RunData, cuts: list[list[int]], **options: float | None
 ) -> tuple[Gradients, dict[str, Tensor]]:
     batches = [build_batch(data.train, documents) for documents in cuts]
-    found = compute_gradients(model.decoder, batches, model.parameters, **options)  # type: ignore[arg-type]
+    accumulator = ResidentAccumulator(list(model.parameters.values()))
+    found = compute_gradients(model.decoder, batches, accumulator, **options)  # type: ignore[arg-type]
     gradients = {name: p.grad.clone() for name, p in model.parameters.items() if p.grad is not None}
     assert set(gradients) == set(model.parameters)
     return found, gradients

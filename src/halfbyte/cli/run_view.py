@@ -13,6 +13,7 @@ from halfbyte.cli.output import Output, format_bytes
 if TYPE_CHECKING:
     from rich.live import Live
 
+    from halfbyte.memory.stats import PoolStats
     from halfbyte.training.run import RunResult
 
 LINE_EVERY_SECONDS = 10.0
@@ -135,6 +136,7 @@ def finish(output: Output, result: "RunResult") -> None:
             "run": str(result.directory),
             "result": None if result.result is None else str(result.result),
             "eval_loss": None if score is None else score.loss,
+            "paging": None if outcome.paging is None else outcome.paging.record(),
         }
     )
     if result.result is None:
@@ -144,12 +146,24 @@ def finish(output: Output, result: "RunResult") -> None:
     output.text(f"finished after step {outcome.step} ({outcome.ending.value})")
     if score is not None:
         output.text(f"held-out loss {score.loss:.4f}, perplexity {score.perplexity:.3f}")
+    if outcome.paging is not None:
+        output.text(_paging(outcome.paging))
     output.text(f"result: {result.result}")
     output.text(f"curve: {result.directory / 'loss.png'}")
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _paging(stats: "PoolStats") -> str:
+    visits = stats.hits + stats.prefetched + stats.misses
+    return (
+        f"paged: {format_bytes(stats.total_bytes)} of state and gradients in at most "
+        f"{format_bytes(stats.peak_resident_bytes)}; {format_bytes(stats.paged_in_bytes)} in, "
+        f"{format_bytes(stats.paged_out_bytes)} out; {stats.misses:,} of {visits:,} pages waited "
+        f"for, {stats.stall_seconds:.1f} s; {stats.slow_tier}"
+    )
 
 
 def _duration(seconds: float) -> str:

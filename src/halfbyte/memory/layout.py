@@ -42,11 +42,19 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A run of elements with the same fields, zero at first."""
+    """A run of elements with the same fields, zero at first.
+
+    Attributes:
+        name: For messages and files.
+        num_elements: Its length.
+        fields: What each element, or so many together, holds.
+        cut: It may be cut only between so many elements, if its fields do not ask for more.
+    """
 
     name: str
     num_elements: int
     fields: tuple[Field, ...]
+    cut: int = ALIGNMENT
 
     @property
     def num_bytes(self) -> int:
@@ -56,7 +64,7 @@ class Item:
     @property
     def granule(self) -> int:
         """Elements between places where the item may be cut."""
-        return math.lcm(ALIGNMENT, *(field.elements for field in self.fields))
+        return math.lcm(ALIGNMENT, self.cut, *(field.elements for field in self.fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +76,22 @@ class Part:
     end: int
     offsets: tuple[int, ...]
 
-    def views(self, page: Tensor, fields: tuple[Field, ...]) -> tuple[Tensor, ...]:
-        """The values of each field, as flat tensors over the bytes of the page."""
-        count = self.end - self.begin
+    def views(
+        self, page: Tensor, fields: tuple[Field, ...], begin: int, end: int
+    ) -> tuple[Tensor, ...]:
+        """The values of each field, as flat tensors over the bytes of the page.
+
+        Args:
+            page: Its buffer, uint8.
+            fields: Of the item.
+            begin: The first element wanted, at a place where the item may be cut.
+            end: One behind the last.
+        """
         return tuple(
-            page[offset : offset + field.num_bytes(count)].view(field.dtype)
+            page[
+                offset + field.num_bytes(begin - self.begin) : offset
+                + field.num_bytes(end - self.begin)
+            ].view(field.dtype)
             for offset, field in zip(self.offsets, fields, strict=True)
         )
 

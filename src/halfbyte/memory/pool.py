@@ -8,57 +8,39 @@ Each walk goes the other way than the last, so what the last walk left in memory
 next needs first, and the page passed longest ago is always the right one to give up: with
 a budget of K out of N pages, N - K move in and out a walk, which is the least possible.
 
+Between walks an item can be changed by itself (`update`): what is given up for it is what the next
+walk needs last.
+
 Nothing is half-done when storage fails. Room for every page is reserved before a walk begins. A
 page that cannot be written stays in memory, over budget, so that the walk still ends; the next
 walk then refuses to start, and everything can still be read out. Only a page that cannot be
 read back, after retries, is lost; then the pool refuses everything.
 """
 
-import time
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from threading import RLock
 
 import torch
 from torch import Tensor
 
-from halfbyte.errors import StorageError, UsageError
-from halfbyte.memory.layout import Item, lay_out, smallest_page
+from halfbyte.errors import UsageError
+from halfbyte.memory.buffers import Buffers
+from halfbyte.memory.layout import Item, Part, lay_out, smallest_page
 from halfbyte.memory.stats import PoolStats
 from halfbyte.memory.tiers import BLOCK, Tier
-from halfbyte.memory.transfers import Job, Page, start
+from halfbyte.memory.transfers import Page
+from halfbyte.memory.walks import Chunk, Stop, Walk, stops_at
 
 PAGE_BYTES = 2**22
 """Large enough for a disk to reach its speed, small enough for a budget of a few MB."""
 MIN_PAGES = 2
-"""One at work and one on its way."""
+"""One at work and one on its way, or two together."""
 
 _IN_FLIGHT = 3  # transfers queued ahead of a walk
-_THREADS = 2  # so that a read need not wait for a write
-_READ_FAILURES = 2  # a failed prefetch is tried once more when the page is needed
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A part of an item at work: a view of each field, flat, to be changed in place."""
-
-    item: int
-    begin: int
-    end: int
-    values: tuple[Tensor, ...]
-
-
-@dataclass(slots=True)
-class _Walk:
-    """The order of a walk, how far it is, and how far ahead pages have been asked for."""
-
-    order: list[Page]
-    at: int = 0
-    ahead: int = 0
-    passed: deque[Page] = field(default_factory=deque)  # to give up, the first first
 
 
 class Pool:
@@ -78,18 +60,16 @@ class Pool:
         self._page_bytes = page_bytes
         self._budget = self._checked(fast_bytes)
         self._items: list[Item] = []
-        self._pages: list[Page] = []
-        self._pages_of: list[list[Page]] = []  # by item
-        self._jobs: deque[Job] = deque()
-        self._num_buffers = 0
+        self._origins: list[int] = []  # by item: the place of its first element among all
+        self._pages: list[Page] = []  # in the order of those places
+        self._places: list[list[tuple[Page, Part]]] = []  # by item
+        self._beside: dict[int, list[tuple[Page, Part]]] = {}  # by item: of what it is paired with
+        self._companions: set[int] = set()  # items that are visited beside others
         self._forward = True
-        self._walk: _Walk | None = None
-        self._failure: StorageError | None = None
-        self._lost: StorageError | None = None
-        self._counters = PoolStats()
+        self._walk: Walk | None = None
+        self._buffers = Buffers(tier, page_bytes)
         self._lock = RLock()
-        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="pool")
-        self._finalizer = weakref.finalize(self, _close, self._executor, tier)
+        self._finalizer = weakref.finalize(self, _close, self._buffers.executor, tier)
 
     def close(self) -> None:
         """End the threads and give back the slow tier. Also happens with the last reference."""
@@ -100,13 +80,18 @@ class Pool:
         """All items; an item's number is its place."""
         return self._items
 
+    @property
+    def resident_bytes(self) -> int:
+        """Fast memory held at this moment."""
+        return self._buffers.num_bytes
+
     def stats(self) -> PoolStats:
         """The counters, and what is held now."""
         return replace(
-            self._counters,
+            self._buffers.counters,
             fast_bytes=self._budget,
             total_bytes=sum(page.num_bytes for page in self._pages),
-            resident_bytes=self._num_buffers * self._page_bytes,
+            resident_bytes=self._buffers.num_bytes,
             cached_bytes=self._tier.cached_bytes(),
             slow_tier=self._tier.describe(),
         )
@@ -131,13 +116,36 @@ class Pool:
             pages.append(Page(parts, position, -(-used // BLOCK) * BLOCK))
         with self._lock:
             self._reserve(len(self._pages) + len(pages), self._budget)
-            self._items += items
+            for item in items:
+                end = self._origins[-1] + self._items[-1].num_elements if self._items else 0
+                self._origins.append(end)
+                self._items.append(item)
             self._pages += pages
-            self._pages_of += [[] for _ in items]
+            self._places += [[] for _ in items]
         for page in pages:
             for part in page.parts:
-                self._pages_of[part.item].append(page)
+                self._places[part.item].append((page, part))
         return numbers
+
+    def pair(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Let walks over the second item of each pair bring in the first beside it.
+
+        Raises:
+            UsageError: Their lengths differ, or the places where they may be cut.
+        """
+        pairs = list(pairs)
+        for first, second in pairs:
+            one, other = self._items[first], self._items[second]
+            if (one.num_elements, one.granule) != (other.num_elements, other.granule):
+                raise UsageError(f"{one.name} and {other.name} differ in length or granule")
+        with self._lock:
+            for first, second in pairs:
+                self._origins[second] = self._origins[first]
+                self._beside[second] = self._places[first]
+                self._companions.add(first)
+            self._pages.sort(
+                key=lambda page: self._origins[page.parts[0].item] + page.parts[0].begin
+            )
 
     def set_budget(self, fast_bytes: int) -> None:
         """Change the budget.
@@ -168,45 +176,56 @@ class Pool:
         Raises:
             StorageError: As `set_budget`.
         """
-        held = self._num_buffers * self._page_bytes
-        left = held + self._tier.free_bytes() - num_bytes
+        left = self._buffers.num_bytes + self._tier.free_bytes() - num_bytes
         budget = max(min(most, left), MIN_PAGES * self._page_bytes)
         self.set_budget(budget)
         return budget
 
     def prefetch(self) -> None:
         """Begin to fill the budget with what the next walk needs first, and return at once."""
+        buffers = self._buffers
         with self._lock:
-            if self._walk is not None or self._failure or self._lost:
+            if self._walk is not None or buffers.failure or buffers.lost:
                 return
-            self._reap()
+            buffers.reap()
             for page in self._ordered(self._pages):
-                if len(self._jobs) >= _IN_FLIGHT or self._num_buffers >= self._capacity:
+                if len(buffers.jobs) >= _IN_FLIGHT or buffers.count >= self._capacity:
                     break
                 if page.stored and page.buffer is None and page.job is None:
                     page.prefetched = True
-                    self._transfer(None, page)
+                    buffers.transfer(None, page)
 
-    def walk(self, items: Collection[int] | None = None) -> Iterator[Chunk]:
+    def walk(self, items: Collection[int] | None = None, *, spend: bool = False) -> Iterator[Chunk]:
         """Visit the parts of some or all items, page by page, to change them in place.
 
         The views of a chunk are valid until the next one is asked for. Nobody may rely on the
         order.
+
+        Args:
+            items: Their numbers; by default all that stand beside no other.
+            spend: What is beside them is not needed any more: it is zero after the walk, and
+                pages of it need not be written.
 
         Raises:
             StorageError: Before the first chunk: storage failed during an earlier walk. Later: a
                 page could not be read back, and is lost.
         """
         with self._lock:
-            self._reap()
+            self._buffers.reap()
         self.require_usable()
         wanted = None if items is None else frozenset(items)
-        pages = self._pages
-        if wanted is not None:
-            pages = [p for p in pages if any(part.item in wanted for part in p.parts)]
-        order = list(self._ordered(pages))
+        stops = self._stops(self._pages, wanted)
         self._forward = not self._forward
-        yield from self._visit(order, wanted, change=True)
+        yield from self._visit(stops, change=True, spend=spend)
+
+    def update(self, item: int) -> Iterator[Chunk]:
+        """Visit the parts of one item, to change them in place, out of turn.
+
+        Raises:
+            StorageError: As `walk`.
+        """
+        self.require_usable()
+        return self._visit(self._stops_alone(item), change=True)
 
     def read(self, item: int) -> tuple[Tensor, ...]:
         """A copy of an item's fields, each flat.
@@ -216,7 +235,7 @@ class Pool:
         """
         found = self._items[item]
         copies: list[Tensor] = []
-        for chunk in self._visit(self._pages_of[item], {item}, change=False):
+        for chunk in self._visit(self._stops_alone(item), change=False):
             if not copies:
                 copies = [
                     value.new_empty(each.count(found.num_elements))
@@ -233,12 +252,21 @@ class Pool:
         Raises:
             StorageError: As `walk`.
         """
-        self.require_usable()
         found = self._items[item]
-        for chunk in self._visit(self._pages_of[item], {item}, change=True):
+        for chunk in self.update(item):
             for each, new, value in zip(found.fields, values, chunk.values, strict=True):
                 start = chunk.begin // each.elements
                 value.copy_(new.reshape(-1)[start : start + value.numel()])
+
+    def forget(self, items: Collection[int]) -> None:
+        """Let the content of items go: their pages are neither written nor read again for it.
+
+        Pages that hold other items as well keep everything; elsewhere the items are zero.
+        """
+        with self._lock:
+            for page in {page for item in items for page, _ in self._places[item]}:
+                if all(part.item in items for part in page.parts):
+                    page.forget()
 
     def require_usable(self) -> None:
         """Raise what made storage fail, if it did.
@@ -246,77 +274,80 @@ class Pool:
         Raises:
             StorageError: It did; `read` still works unless a page was lost.
         """
-        if error := self._lost or self._failure:
+        if error := self._buffers.lost or self._buffers.failure:
             raise error
 
-    # A walk: `_arrive` at each page, `_leave` it, look ahead in between.
+    # A walk: `_arrive` at each page, leave it, look ahead in between.
 
     def _visit(
-        self, order: list[Page], wanted: Collection[int] | None, *, change: bool
+        self, stops: Sequence[Stop], *, change: bool, spend: bool = False
     ) -> Iterator[Chunk]:
-        if self._lost:
-            raise self._lost
+        if self._buffers.lost:
+            raise self._buffers.lost
         with self._lock:
-            self._reap()
-            asked = set(order)
-            self._walk = walk = _Walk(order)
-            walk.passed.extend(page for page in self._pages if page not in asked)
+            self._buffers.reap()
+            self._walk = walk = Walk(stops)
+        last_uses = walk.last_uses()
         try:
-            for at, page in enumerate(order):
+            for number, stop in enumerate(stops):
                 with self._lock:
-                    walk.at = at
-                    buffer = self._arrive(walk, page)
-                    page.dirty |= change
-                for part in page.parts:
-                    if wanted is None or part.item in wanted:
-                        values = part.views(buffer, self._items[part.item].fields)
-                        yield Chunk(part.item, part.begin, part.end, values)
+                    self._bring(walk, stop, change=change)
+                yield from stop.chunks(self._items)
                 with self._lock:
-                    page.fence = self._tier.fence()
-                    walk.passed.append(page)
+                    fence = self._tier.fence()
+                    for place, page in enumerate(stop.pages):
+                        page.fence = fence
+                        if last_uses[page] == number:
+                            walk.pinned = tuple(p for p in walk.pinned if p is not page)
+                            if spend and place:
+                                page.forget()
+                                self._passed(walk).appendleft(page)
+                            else:
+                                self._passed(walk).append(page)
         finally:
             with self._lock:
                 self._walk = None
-                if self._num_buffers > self._capacity:
+                if self._buffers.count > self._capacity:
                     self._settle()
 
-    def _arrive(self, walk: _Walk, page: Page) -> Tensor:
-        """The page's buffer, once it is there; the following pages are on their way."""
-        self._reap()
-        waited = page.buffer is None and self._fetch(walk, page)
-        buffer = page.buffer
-        assert buffer is not None  # noqa: S101  (what `_fetch` is for)
-        if not page.filled:
-            buffer.zero_()
-            page.filled = True
-        counters = self._counters
-        if waited:
-            self._counters = replace(counters, misses=counters.misses + 1)
-        elif page.prefetched:
-            self._counters = replace(counters, prefetched=counters.prefetched + 1)
-        else:
-            self._counters = replace(counters, hits=counters.hits + 1)
-        page.prefetched = False
+    def _bring(self, walk: Walk, stop: Stop, *, change: bool) -> None:
+        """Have all pages of a stop in fast memory; the following ones are on their way."""
+        kept = tuple(page for page in stop.pages if page in walk.pinned)
+        walk.pinned = kept
+        for page in stop.pages:
+            if page not in kept:
+                walk.at += 1
+                self._arrive(walk, page)
+                walk.pinned = (*walk.pinned, page)
+            page.dirty |= change
         self._shrink(walk)
         self._look_ahead(walk)
-        return buffer
 
-    def _fetch(self, walk: _Walk, page: Page) -> bool:
+    def _arrive(self, walk: Walk, page: Page) -> None:
+        self._buffers.reap()
+        waited = page.buffer is None and self._fetch(walk, page)
+        if not page.filled:
+            page.ready.zero_()
+            page.filled = True
+        self._buffers.note_arrival(page, waited=waited)
+
+    def _fetch(self, walk: Walk, page: Page) -> bool:
         """Bring a page in. Returns whether it had to be waited for."""
+        buffers = self._buffers
         waited = False
         while page.buffer is None:
-            if self._lost:
-                raise self._lost
+            if buffers.lost:
+                raise buffers.lost
             if page.job is not None:
-                waited |= self._finish(page.job)
+                waited |= buffers.finish(page.job)
             elif not self._request(walk, page, urgent=True):
                 # Every buffer is on its way: the oldest transfer brings one.
-                waited |= self._finish(self._jobs[0])
+                waited |= buffers.finish(buffers.jobs[0])
         return waited
 
-    def _look_ahead(self, walk: _Walk) -> None:
+    def _look_ahead(self, walk: Walk) -> None:
         walk.ahead = max(walk.ahead, walk.at + 1)
-        while walk.ahead < len(walk.order) and len(self._jobs) < _IN_FLIGHT:
+        while walk.ahead < len(walk.order) and len(self._buffers.jobs) < _IN_FLIGHT:
             page = walk.order[walk.ahead]
             if page.buffer is None and page.job is None:
                 if not self._request(walk, page, urgent=False):
@@ -326,150 +357,92 @@ class Pool:
                 return
             walk.ahead += 1
 
-    def _request(self, walk: _Walk, page: Page, *, urgent: bool) -> bool:
+    def _request(self, walk: Walk, page: Page, *, urgent: bool) -> bool:
         """Begin to bring a page in, if there is a buffer for it."""
-        if self._num_buffers < self._capacity:
-            self._transfer(None, page)
+        if self._buffers.count < self._capacity:
+            self._buffers.transfer(None, page)
             return True
         victim = self._victim(walk, urgent=urgent)
         if victim is not None:
-            self._transfer(victim, page)
+            self._buffers.transfer(victim, page)
         return victim is not None
 
-    def _victim(self, walk: _Walk, *, urgent: bool) -> Page | None:
+    def _victim(self, walk: Walk, *, urgent: bool) -> Page | None:
         """The page to give up: passed longest ago; if it must be, the one needed last."""
-        while walk.passed:
-            page = walk.passed.popleft()
-            if page.buffer is not None:
+        passed = self._passed(walk)
+        while passed:
+            page = passed.popleft()
+            if page.buffer is not None and page not in walk.pinned:
                 return page
         if urgent:
             for place in range(len(walk.order) - 1, walk.at, -1):
-                if walk.order[place].buffer is not None:
+                page = walk.order[place]
+                if page.buffer is not None and page not in walk.pinned:
                     walk.ahead = min(walk.ahead, place)
-                    return walk.order[place]
+                    return page
         return None
 
-    def _shrink(self, walk: _Walk) -> None:
+    def _passed(self, walk: Walk) -> deque[Page]:
+        """Pages that this walk does not need any more, in the order to give them up."""
+        if walk.passed is None:
+            asked = set(walk.order)
+            unasked = [page for page in self._ordered(self._pages) if page not in asked]
+            walk.passed = deque(reversed(unasked))
+        return walk.passed
+
+    def _shrink(self, walk: Walk) -> None:
         """During a walk: bring the buffers down to a budget that became smaller."""
-        freeing = sum(job.frees for job in self._jobs)
-        while self._num_buffers - freeing > self._capacity:
+        buffers = self._buffers
+        while buffers.count - buffers.num_leaving > self._capacity:
             victim = self._victim(walk, urgent=True)
             if victim is not None:
-                self._transfer(victim, None)
-            elif self._jobs:
-                self._finish(self._jobs[0])
+                buffers.transfer(victim, None)
+            elif buffers.jobs:
+                buffers.finish(buffers.jobs[0])
             else:
                 break
-            freeing = sum(job.frees for job in self._jobs)
-        while self._num_buffers > self._capacity and self._jobs:
-            self._finish(self._jobs[0])
+        while buffers.count > self._capacity and buffers.jobs:
+            buffers.finish(buffers.jobs[0])
 
     def _settle(self) -> None:
         """Outside a walk: end all transfers, then give back what is above the budget."""
-        while self._jobs:
-            self._finish(self._jobs[0])
+        buffers = self._buffers
+        buffers.finish_all()
         needed_last_first = reversed(list(self._ordered(self._pages)))
         for page in needed_last_first:
-            if self._num_buffers <= self._capacity:
+            if buffers.count <= self._capacity:
                 break
             if page.buffer is not None:
-                self._transfer(page, None)
-            while len(self._jobs) >= _IN_FLIGHT:
-                self._finish(self._jobs[0])
-            if self._num_buffers - len(self._jobs) <= self._capacity:
+                buffers.transfer(page, None)
+            while len(buffers.jobs) >= _IN_FLIGHT:
+                buffers.finish(buffers.jobs[0])
+            if buffers.count - len(buffers.jobs) <= self._capacity:
                 break
-        while self._jobs:
-            self._finish(self._jobs[0])
+        buffers.finish_all()
 
-    def _ordered(self, pages: list[Page]) -> Iterator[Page]:
+    def _stops(self, pages: Sequence[Page], wanted: Collection[int] | None) -> list[Stop]:
+        if wanted is None:
+            wanted = frozenset(range(len(self._items))) - self._companions
+        return [
+            stop
+            for page in self._ordered(pages)
+            for stop in stops_at(page, wanted=wanted, beside=self._beside, forward=self._forward)
+        ]
+
+    def _stops_alone(self, item: int) -> list[Stop]:
+        return [
+            stop
+            for page, _ in self._places[item]
+            for stop in stops_at(page, wanted={item}, beside={}, forward=True)
+        ]
+
+    def _ordered(self, pages: Sequence[Page]) -> Iterator[Page]:
         return iter(pages) if self._forward else reversed(pages)
-
-    # Transfers: begun by `_transfer`, ended by `_finish`, both on the owner's thread.
-
-    def _transfer(self, leaving: Page | None, coming: Page | None) -> None:
-        """Let one page take the place of another."""
-        if leaving is None:
-            buffer = self._tier.buffer(self._page_bytes)
-            self._count_buffers(1)
-        else:
-            assert leaving.buffer is not None  # noqa: S101  (victims have one)
-            buffer = leaving.buffer
-            leaving.buffer = None
-        job = start(self._executor, self._tier, leaving, coming, buffer)
-        for page in (leaving, coming):
-            if page is not None:
-                page.job = job
-        self._jobs.append(job)
-        if job.future.done():
-            self._finish(job)
-
-    def _reap(self) -> None:
-        """Take note of the transfers that have ended."""
-        for job in [job for job in self._jobs if job.future.done()]:
-            self._finish(job)
-
-    def _finish(self, job: Job) -> bool:
-        """Wait for a transfer and take note of its end. Returns whether there was a wait."""
-        waited = not job.future.done()
-        begun = time.perf_counter()
-        outcome = job.future.result()
-        if waited:
-            stalled = self._counters.stall_seconds + time.perf_counter() - begun
-            self._counters = replace(self._counters, stall_seconds=stalled)
-        self._jobs.remove(job)
-        if job.leaving is not None:
-            self._note_left(job.leaving, job, outcome.write_error)
-        if job.coming is not None:
-            if outcome.write_error is not None:
-                self._count_buffers(1)
-            self._note_come(job.coming, outcome.buffer, outcome.read_error)
-        elif outcome.write_error is None:
-            self._count_buffers(-1)
-        return waited
-
-    def _note_left(self, page: Page, job: Job, error: OSError | None) -> None:
-        page.job = None
-        if error is not None:
-            page.buffer = job.buffer
-            self._failure = StorageError(
-                f"writing to the {self._tier.describe()} failed: {error}",
-                hint="What was under way has been completed in memory, and all state can still "
-                "be exported: save it, and continue with directory= on a sound disk.",
-            )
-            self._failure.__cause__ = error
-            return
-        if page.dirty:
-            paged_out = self._counters.paged_out_bytes + page.num_bytes
-            self._counters = replace(self._counters, paged_out_bytes=paged_out)
-            page.stored, page.dirty = True, False
-        page.filled = False
-
-    def _note_come(self, page: Page, buffer: Tensor, error: OSError | None) -> None:
-        page.job = None
-        if error is None:
-            page.buffer, page.filled = buffer, page.stored
-            if page.stored:
-                paged_in = self._counters.paged_in_bytes + page.num_bytes
-                self._counters = replace(self._counters, paged_in_bytes=paged_in)
-            return
-        self._count_buffers(-1)
-        page.read_failures += 1
-        if page.read_failures >= _READ_FAILURES:
-            self._lost = StorageError(
-                f"a page could not be read back from the {self._tier.describe()}: {error}",
-                hint="The state it held is lost; continue from the last checkpoint.",
-            )
-            self._lost.__cause__ = error
 
     @property
     def _capacity(self) -> int:
         """Pages the budget has room for. Once writing has failed, nothing can leave."""
-        return len(self._pages) if self._failure else self._budget // self._page_bytes
-
-    def _count_buffers(self, change: int) -> None:
-        self._num_buffers += change
-        peak = max(self._counters.peak_resident_bytes, self._num_buffers * self._page_bytes)
-        self._counters = replace(self._counters, peak_resident_bytes=peak)
+        return len(self._pages) if self._buffers.failure else self._budget // self._page_bytes
 
     def _reserve(self, num_pages: int, budget: int) -> None:
         if num_pages > budget // self._page_bytes:

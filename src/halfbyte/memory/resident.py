@@ -10,6 +10,7 @@ The kernel counts pages in batches a thread, so each figure may be off by a few 
 
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -98,8 +99,23 @@ class PeakSampler:
         UnsupportedError: As `resident`, when built.
     """
 
-    def __init__(self, *, interval: float = 0.01, proc: Path = PROC) -> None:
-        """`interval` is in seconds."""
+    def __init__(
+        self,
+        *,
+        aside: Callable[[], int] = int,
+        interval: float = 0.01,
+        proc: Path = PROC,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            aside: Bytes that the second peak leaves out; asked for at every sample.
+            interval: Between samples, in seconds.
+            proc: Where proc(5) is mounted.
+        """
+        self._aside = aside
+        self._peak_besides = 0
+        self._proc = proc
         self._path = proc / "self" / "status"
         self._interval = interval
         self._peak = resident(proc=proc).private
@@ -110,6 +126,11 @@ class PeakSampler:
     def peak(self) -> int:
         """Most private bytes seen so far, in bytes."""
         return self._peak
+
+    @property
+    def peak_besides(self) -> int:
+        """Most private bytes that were not `aside`, since `reset_besides`."""
+        return self._peak_besides
 
     def start(self) -> None:
         """Begin sampling; does nothing when it is running."""
@@ -130,6 +151,11 @@ class PeakSampler:
         """Let the peak start again from the next sample."""
         self._peak = 0
 
+    def reset_besides(self) -> int:
+        """Let the second peak start again from what is there, and return that."""
+        self._peak_besides = resident(proc=self._proc).private - self._aside()
+        return self._peak_besides
+
     def _run(self) -> None:
         # One descriptor, read from its start, makes the kernel write the figures anew.
         descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
@@ -139,6 +165,7 @@ class PeakSampler:
                 last = self._stop.wait(self._interval)
                 sample = _parse(os.pread(descriptor, _STATUS_BYTES, 0), self._path)
                 self._peak = max(self._peak, sample.private)
+                self._peak_besides = max(self._peak_besides, sample.private - self._aside())
         finally:
             os.close(descriptor)
 

@@ -89,7 +89,7 @@ class FileTier:
             directory: On a disk. By default TMPDIR, else /var/tmp.
             direct: Use O_DIRECT if the filesystem can.
         """
-        self._directory = _on_disk(directory or Path(os.environ.get("TMPDIR") or "/var/tmp"))  # noqa: S108
+        self._directory = on_disk(directory or Path(os.environ.get("TMPDIR") or "/var/tmp"))  # noqa: S108
         self._direct = direct
         self._descriptor: int | None = None
         self._reserved = 0
@@ -187,7 +187,12 @@ class FileTier:
             os.posix_fadvise(self._file, position, length, os.POSIX_FADV_DONTNEED)
 
 
-def _on_disk(directory: Path) -> Path:
+def on_disk(directory: Path) -> Path:
+    """The directory, if paging to it frees memory.
+
+    Raises:
+        UsageError: It does not exist, or is in RAM.
+    """
     if not directory.is_dir():
         raise UsageError(f"no directory {directory} to page to; name one with directory=")
     kind = filesystem_of(directory)

@@ -43,6 +43,16 @@ class Page:
     read_failures: int = 0
     fence: object = None
 
+    @property
+    def ready(self) -> Tensor:
+        """The buffer of a page that has one."""
+        assert self.buffer is not None, "the page is not in fast memory"  # noqa: S101
+        return self.buffer
+
+    def forget(self) -> None:
+        """Let the content go: it need not be written, and is zero when next looked at."""
+        self.stored = self.filled = self.dirty = False
+
 
 @dataclass(slots=True)
 class Outcome:

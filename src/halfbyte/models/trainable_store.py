@@ -46,6 +46,12 @@ class TrainableStore:
     def announce(self, layer: int) -> None:
         """Nothing needs fetching."""
 
+    @property
+    def stand_ins(self) -> dict[Tensor, Tensor]:
+        """Working copies that autograd sees in the place of their masters, by master."""
+        pairs = ((master, self._working[name]) for name, master in self.masters.items())
+        return {master: working for master, working in pairs if working is not master}
+
     def refresh(self) -> None:
         """Bring the working copies up to date, after every step of an optimizer."""
         with torch.no_grad():

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from halfbyte.errors import FormatError, StorageError, UnsupportedError, UsageError
 from halfbyte.formats.checks import FLOAT_DTYPES, describe
-from halfbyte.memory.layout import Item
+from halfbyte.memory.layout import Field, Item
 from halfbyte.memory.pool import Pool
 from halfbyte.memory.stats import PoolStats
+from halfbyte.memory.walks import Chunk
+from halfbyte.optim.accumulators import Accumulator, PagedAccumulator, ResidentAccumulator
 from halfbyte.optim.export import STEP, StateTensors, check_state, split_name
 from halfbyte.optim.paging import Paging
 from halfbyte.optim.rules import Rule, Scalars
@@ -30,10 +32,10 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One parameter in one step."""
+    """One parameter in one step; its gradient is None when it is in pages."""
 
     param: Tensor
-    grad: Tensor
+    grad: Tensor | None
     form: StateFormat
     scalars: Scalars
 
@@ -63,6 +65,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self._numbers: dict[Tensor, int] = {}  # parameter -> its item in the store
         self._formats: dict[int, StateFormat] = {}
         self._under_way = False
+        self._accumulator: PagedAccumulator | None = None
         super().__init__(params, defaults)
         device = self.param_groups[0]["params"][0].device
         self._store: Pool | ResidentStore = (
@@ -88,6 +91,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Apply the gradients. Parameters without one keep their value and their state.
 
+        Gradients in pages are used up: they are gone afterwards, as after `zero_grad`.
+
         Raises:
             StorageError: Paging failed. Nothing was applied, unless the message says that a page
                 was lost.
@@ -102,15 +107,15 @@ class StatefulOptimizer(torch.optim.Optimizer):
         if not work:
             return loss
         self._store.require_usable()
-        for chunk in self._store.walk(work.keys()):
+        for chunk in self._store.walk(work.keys(), spend=True):
             self._under_way = True
-            one = work[chunk.item]
-            part = slice(chunk.begin, chunk.end)
-            self._apply(one, one.param.view(-1)[part], one.grad.view(-1)[part], chunk.values)
+            self._apply(work[chunk.item], chunk)
         for one in work.values():
             self.state[one.param][STEP] += 1
         # Our operators write without autograd's knowledge; copies in other dtypes ask it.
         torch.autograd.graph.increment_version([one.param for one in work.values()])
+        if self._accumulator is not None:
+            self._accumulator.begin()
         self._under_way = False
         return loss
 
@@ -119,9 +124,14 @@ class StatefulOptimizer(torch.optim.Optimizer):
         return self._store.stats()
 
     @property
+    def paged(self) -> bool:
+        """Whether state has a budget, and gradients can share it."""
+        return isinstance(self._store, Pool)
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of all state, without padding."""
-        return sum(item.num_bytes for item in self._store.items)
+        return sum(self._store.items[number].num_bytes for number in self._numbers.values())
 
     # The budget of paged state
 
@@ -151,10 +161,70 @@ class StatefulOptimizer(torch.optim.Optimizer):
         assert self._paging is not None  # noqa: S101  (there is a pool)
         return pool.make_room(num_bytes, most=self._paging.fast_bytes)
 
+    @property
+    def resident_bytes(self) -> int:
+        """Fast memory that state, and gradients in pages, take at this moment."""
+        if isinstance(self._store, Pool):
+            return self._store.resident_bytes
+        return self.state_bytes
+
     def prefetch(self) -> None:
         """Begin to bring in what the next step needs first; worth doing during the backward."""
         if isinstance(self._store, Pool):
             self._store.prefetch()
+
+    def require_usable(self) -> None:
+        """Raise what keeps the next step from being taken.
+
+        Raises:
+            StorageError: Paging failed during the last step, or the step was broken off.
+        """
+        self._require_whole()
+        self._store.require_usable()
+
+    # Gradients
+
+    def accumulator(self, leaves: Mapping[Tensor, Tensor] | None = None) -> Accumulator:
+        """Where gradients add up from here on: with paged state in its pages, else in `.grad`.
+
+        In pages they share the budget with the state, and `.grad` is None after a backward
+        pass: clip with `finish` of what this returns.
+
+        Args:
+            leaves: What autograd sees in the place of some parameters; see `PagedAccumulator`.
+
+        Raises:
+            StorageError: The slow tier has no room for them.
+        """
+        params = [param for _, param in self._named()]
+        if not isinstance(self._store, Pool):
+            return ResidentAccumulator(params)
+        if self._accumulator is None:
+            items = [
+                Item(
+                    f"gradient of {name}",
+                    param.numel(),
+                    (Field("gradient", param.dtype),),
+                    cut=Item("", 0, self._format(param).fields).granule,
+                )
+                for name, param in self._named()
+            ]
+            numbers = dict(zip(params, self._store.add(items), strict=True))
+            self._accumulator = PagedAccumulator(self._store, numbers, leaves)
+            self._pair(list(self._numbers))
+        return self._accumulator
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002  (PyTorch's)
+        """As PyTorch's; gradients in pages are forgotten as well."""
+        super().zero_grad(set_to_none)
+        if self._accumulator is not None:
+            self._accumulator.begin()
+
+    def _pair(self, params: list[Tensor]) -> None:
+        """Let steps find the gradients of these parameters beside their state."""
+        if self._accumulator is not None and isinstance(self._store, Pool):
+            found = ((self._accumulator.item(param), self._numbers[param]) for param in params)
+            self._store.pair((item, state) for item, state in found if item is not None)
 
     def _require_pool(self) -> Pool:
         if isinstance(self._store, Pool):
@@ -274,8 +344,14 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """What the step will do, with new state made for what has none."""
         pending = []
         for group in self.param_groups:
-            pending += [(group, p) for p in group["params"] if p.grad is not None]
-        if sparse := [p for _, p in pending if p.grad.is_sparse]:
+            for param in group["params"]:
+                if self._accumulator is not None and self._accumulator.item(param) is not None:
+                    self._accumulator.take(param)  # one that was put there by hand
+                    if self._accumulator.has(param):
+                        pending.append((group, param))
+                elif param.grad is not None:
+                    pending.append((group, param))
+        if sparse := [p for _, p in pending if p.grad is not None and p.grad.is_sparse]:
             raise UnsupportedError(
                 f"{len(sparse)} gradients are sparse, dense ones expected",
                 hint="torch.optim.SparseAdam takes sparse gradients.",
@@ -288,13 +364,20 @@ class StatefulOptimizer(torch.optim.Optimizer):
             if STEP not in state:
                 self._begin(param, item)
             scalars = self._rule.scalars(group, int(state[STEP].item()) + 1)
-            work[item] = _Work(param, param.grad.contiguous(), self._formats[item], scalars)
+            grad = None if param.grad is None else param.grad.contiguous()
+            work[item] = _Work(param, grad, self._formats[item], scalars)
         return work
 
-    def _apply(self, one: _Work, param: Tensor, grad: Tensor, values: tuple[Tensor, ...]) -> None:
+    def _apply(self, one: _Work, chunk: Chunk) -> None:
+        part = slice(chunk.begin, chunk.end)
+        param = one.param.view(-1)[part]
+        if one.grad is not None:
+            grad = one.grad.view(-1)[part]
+        else:
+            assert self._accumulator is not None  # noqa: S101  (what `_gather` found)
+            grad = self._accumulator.scaled(chunk.beside[0])
         work = param.float()  # the parameter itself when it is float32
-        grad = grad.float()
-        one.form.update(work, grad, values, one.scalars)
+        one.form.update(work, grad.float(), chunk.values, one.scalars)
         if work is not param:
             param.copy_(work)
 
@@ -312,6 +395,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             self._numbers[param] = number
             self._formats[number] = form
             self._begin(param, number)
+        self._pair(params)
 
     def _begin(self, param: Tensor, item: int) -> None:
         self.state[param][STEP] = torch.zeros((), dtype=torch.float32)

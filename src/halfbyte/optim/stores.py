@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.memory.layout import Item
-from halfbyte.memory.pool import Chunk
 from halfbyte.memory.stats import PoolStats
+from halfbyte.memory.walks import Chunk
 
 CHUNK_ELEMENTS = 2**18
 """A step works on so many elements at a time: what it needs besides them stays in the cache."""
@@ -29,8 +29,8 @@ class Store(Protocol):
         """Append items and return their numbers."""
         ...
 
-    def walk(self, items: Collection[int] | None = None) -> Iterator[Chunk]:
-        """Visit the parts of items, to change them in place."""
+    def walk(self, items: Collection[int] | None = None, *, spend: bool = False) -> Iterator[Chunk]:
+        """Visit the parts of items, to change them in place; `spend` what is beside them."""
         ...
 
     def read(self, item: int) -> tuple[Tensor, ...]:
@@ -78,7 +78,12 @@ class ResidentStore:
             self._items.append(item)
         return range(first, len(self._items))
 
-    def walk(self, items: Collection[int] | None = None) -> Iterator[Chunk]:
+    def walk(
+        self,
+        items: Collection[int] | None = None,
+        *,
+        spend: bool = False,  # noqa: ARG002  (nothing is beside resident items)
+    ) -> Iterator[Chunk]:
         """Visit the items in order, large ones in several chunks."""
         for number in sorted(items) if items is not None else range(len(self._items)):
             item = self._items[number]

@@ -1,8 +1,15 @@
 """The configuration of a run: every setting, its default and what it means, in one place."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from halfbyte.adapters.spec import LoraSpec
 
@@ -131,7 +138,23 @@ class OptimizerSection(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the second moment."""
     fast_bytes: Bytes | None = None
-    """Memory for the state of a paged optimizer, which needs it; the others take none."""
+    """Memory for the state and the gradients of a paged optimizer, which needs it; the others
+    take none. It is the most: less is used while the rest of the run needs the memory."""
+    directory: str | None = None
+    """Where a paged optimizer keeps what does not fit, on a disk; by default the run directory."""
+
+    @property
+    def paged(self) -> bool:
+        """Whether it has a budget."""
+        return self.name.startswith("paged_")
+
+    @model_validator(mode="after")
+    def _has_a_budget_if_it_needs_one(self) -> Self:
+        if self.paged and self.fast_bytes is None:
+            raise ValueError(f"{self.name} needs optimizer.fast_bytes, such as 256MB")
+        if not self.paged and self.fast_bytes is not None:
+            raise ValueError(f"{self.name} keeps all in memory; optimizer.fast_bytes is for paged_")
+        return self
 
 
 class MemorySection(Section):

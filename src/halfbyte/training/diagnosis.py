@@ -8,6 +8,7 @@ from torch import Tensor
 
 from halfbyte.data.batch import Batch
 from halfbyte.models.decoder import Decoder, DecoderLayer, Pass
+from halfbyte.optim.accumulators import Accumulator
 from halfbyte.training.step import batch_loss
 
 
@@ -28,6 +29,7 @@ def find_non_finite(
     decoder: Decoder,
     batches: Sequence[Batch],
     parameters: Mapping[str, Tensor],
+    accumulator: Accumulator,
     dropout_seeds: Sequence[int | None],
 ) -> NonFinite:
     """Run the micro-batches forward again and look at every layer, then at the gradients.
@@ -35,7 +37,8 @@ def find_non_finite(
     Args:
         decoder: As it was when the step failed.
         batches: Micro-batches of the step.
-        parameters: What is trained, with the gradients of the step.
+        parameters: What is trained.
+        accumulator: Their gradients.
         dropout_seeds: Of each micro-batch.
     """
     for batch, seed in zip(batches, dropout_seeds, strict=True):
@@ -43,7 +46,8 @@ def find_non_finite(
             return NonFinite(where, batch.rows)
     rows = tuple(row for batch in batches for row in batch.rows)
     for name, tensor in parameters.items():
-        if tensor.grad is not None and not bool(tensor.grad.isfinite().all()):
+        gradient = accumulator.of(tensor)
+        if gradient is not None and not bool(gradient.isfinite().all()):
             return NonFinite(f"gradient of {name}", rows)
     return NonFinite("norm of all gradients", rows)
 

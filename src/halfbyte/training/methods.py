@@ -43,6 +43,11 @@ class TrainedModel:
     store: TrainableStore | None
     below: Stack | None = None
 
+    @property
+    def stand_ins(self) -> dict[Tensor, Tensor]:
+        """What autograd sees in the place of some parameters."""
+        return {} if self.store is None else self.store.stand_ins
+
     def refresh(self) -> None:
         """Let the decoder see what changed in the parameters."""
         if self.store is not None:

@@ -13,7 +13,14 @@ from halfbyte.errors import FormatError
 METRICS_FILE = "metrics.jsonl"
 
 MEASURED_FIELDS = frozenset(
-    {"seconds", "tokens_per_second", "peak_bytes", "peak_private_bytes", "eval_seconds"}
+    {
+        "seconds",
+        "tokens_per_second",
+        "peak_bytes",
+        "peak_private_bytes",
+        "paging",
+        "eval_seconds",
+    }
 )
 """Fields that differ between runs of the same configuration; all others are reproducible."""
 

@@ -25,7 +25,7 @@ from halfbyte.training.progress import Observer, Silent
 from halfbyte.training.reports import Reports
 from halfbyte.training.run_data import RunData, open_run_data
 from halfbyte.training.samples import Samples
-from halfbyte.training.session import Session, open_session
+from halfbyte.training.session import Session, open_session, paging_directory
 from halfbyte.training.trainer import Ending, Outcome, Trainer
 
 CONFIG_FILE = "config.yaml"
@@ -91,6 +91,8 @@ def _opened(config: Config, directory: Path) -> Iterator[tuple[Tokenizer, RunDat
     data = open_run_data(config, tokenizer)
     directory.mkdir(parents=True, exist_ok=True)
     with lock_directory(directory):
+        if config.optimizer.paged:
+            paging_directory(config, directory)
         yield tokenizer, data, model
 
 
@@ -178,11 +180,16 @@ def _with_absolute_paths(config: Config) -> Config:
     lora = config.lora
     if lora.on_top_of is not None:
         lora = lora.model_copy(update={"on_top_of": str(Path(lora.on_top_of).absolute())})
+    optimizer = config.optimizer
+    if optimizer.directory is not None:
+        absolute = str(Path(optimizer.directory).absolute())
+        optimizer = optimizer.model_copy(update={"directory": absolute})
     return config.model_copy(
         update={
             "lora": lora,
             "model": str(Path(config.model).absolute()),
             "data": section.model_copy(update=paths),
+            "optimizer": optimizer,
             "output": config.output.model_copy(
                 update={"dir": str(Path(config.output.dir).absolute())}
             ),

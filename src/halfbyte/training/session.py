@@ -11,6 +11,8 @@ from halfbyte.data.dataset import Dataset
 from halfbyte.data.packing import PackingOptions
 from halfbyte.data.steps import StepStream
 from halfbyte.errors import FormatError, VerificationError
+from halfbyte.memory.tiers import on_disk
+from halfbyte.optim.accumulators import Accumulator
 from halfbyte.optim.factory import make_optimizer, weight_decay_groups
 from halfbyte.optim.optimizer import StatefulOptimizer
 from halfbyte.training.checkpoint import Checkpoint
@@ -51,6 +53,7 @@ class Session:
         directory: Of the run.
         model: Decoder and what is trained.
         optimizer: Over what is trained.
+        accumulator: Where the gradients of a step add up.
         stream: Steps of training data; its position is part of checkpoints.
         held_out: Evaluation data, or None.
         schedule: Of the learning rate; knows the number of steps.
@@ -64,6 +67,7 @@ class Session:
     directory: Path
     model: TrainedModel
     optimizer: StatefulOptimizer
+    accumulator: Accumulator
     stream: StepStream
     held_out: Dataset | None
     schedule: Schedule
@@ -123,7 +127,7 @@ def open_session(
         settings.name,
         [dict(g) for g in weight_decay_groups(model.parameters.items(), training.weight_decay)],
         fast_bytes=settings.fast_bytes,
-        directory=directory,
+        directory=paging_directory(config, directory) if settings.paged else None,
         lr=training.learning_rate,
         betas=settings.betas,
         eps=settings.eps,
@@ -132,11 +136,31 @@ def open_session(
     schedule = Schedule.from_ratio(
         training.scheduler, count_steps(config, stream), training.warmup_ratio
     )
-    session = Session(config, directory, model, optimizer, stream, data.held_out, schedule, choices)
+    session = Session(
+        config,
+        directory,
+        model,
+        optimizer,
+        optimizer.accumulator(model.stand_ins),
+        stream,
+        data.held_out,
+        schedule,
+        choices,
+    )
     session.loss_scale = LossScale.for_dtype(training.compute_dtype)
     if checkpoint is not None:
         _restore(session, checkpoint, data, options)
     return session
+
+
+def paging_directory(config: Config, directory: Path) -> Path:
+    """Where a paged optimizer of a run in `directory` keeps what does not fit.
+
+    Raises:
+        UsageError: It does not exist, or is in RAM.
+    """
+    named = config.optimizer.directory
+    return on_disk(directory if named is None else Path(named))
 
 
 def count_steps(config: Config, stream: StepStream) -> int:

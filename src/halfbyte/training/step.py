@@ -1,9 +1,9 @@
 """One optimizer step: gradients over several micro-batches, checked before they are applied."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from halfbyte.data.batch import Batch
@@ -11,11 +11,12 @@ from halfbyte.data.parse import NO_TARGET
 from halfbyte.layers.cross_entropy import linear_cross_entropy
 from halfbyte.layers.lora import fold_seed
 from halfbyte.models.decoder import Decoder
+from halfbyte.optim.accumulators import Accumulator
 
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """What a step's backward passes left in `.grad`.
+    """What is known of a step's gradients once its backward passes are over.
 
     Attributes:
         loss: Mean over all targets of the step, in nats.
@@ -38,13 +39,13 @@ class Gradients:
 def compute_gradients(
     decoder: Decoder,
     batches: Sequence[Batch],
-    parameters: Mapping[str, Tensor],
+    accumulator: Accumulator,
     *,
     recompute: int = 0,
     dropout_seed: int | None = None,
     loss_scale: float = 1.0,
     max_norm: float | None = None,
-    between: Callable[[], None] | None = None,
+    around: Callable[[Batch], AbstractContextManager[object]] = nullcontext,
 ) -> Gradients:
     """Loss and gradients of one step over several micro-batches.
 
@@ -54,30 +55,26 @@ def compute_gradients(
     Args:
         decoder: Its trained parts require gradients.
         batches: Micro-batches of the step; each has a target.
-        parameters: What is trained, by name; their gradients are replaced.
+        accumulator: Where the gradients go; what it held is replaced.
         recompute: Layers that compute their activations again in the backward pass.
         dropout_seed: Of this step; each micro-batch gets its own from it.
         loss_scale: Applied to the loss and taken out of the gradients again.
         max_norm: Gradients are scaled down to it.
-        between: Called after each micro-batch; may raise to abandon the step.
+        around: A context for each micro-batch; may raise to abandon the step.
     """
-    tensors = list(parameters.values())
-    for tensor in tensors:
-        tensor.grad = None
+    accumulator.begin(loss_scale)
     num_targets = sum(batch.num_targets for batch in batches)
     factor = loss_scale / num_targets
     total = 0.0
     for index, batch in enumerate(batches):
         seed = None if dropout_seed is None else fold_seed(dropout_seed, index)
-        loss = batch_loss(decoder, batch, seed, recompute=recompute, grad_scale=factor)
-        (loss * factor).backward()
-        total += loss.item()
-        if between is not None:
-            between()
-    gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
-    if loss_scale != 1.0:
-        torch._foreach_mul_(gradients, 1 / loss_scale)
-    norm = torch.nn.utils.clip_grad_norm_(tensors, float("inf") if max_norm is None else max_norm)
+        with around(batch):
+            loss = batch_loss(decoder, batch, seed, recompute=recompute, grad_scale=factor)
+            if index == len(batches) - 1:
+                accumulator.expect_step()
+            (loss * factor).backward()
+            total += loss.item()
+    norm = accumulator.finish(max_norm)
     num_tokens = sum(batch.num_tokens for batch in batches)
     return Gradients(total / num_targets, norm.item(), num_tokens, num_targets)
 

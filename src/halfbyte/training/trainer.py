@@ -2,21 +2,25 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import NoReturn
 
-from halfbyte.data.batch import evaluation_batches
+from halfbyte.data.batch import Batch, evaluation_batches
 from halfbyte.data.steps import Step
-from halfbyte.errors import HalfbyteError, TrainingError
+from halfbyte.errors import HalfbyteError, StorageError, TrainingError
 from halfbyte.layers.lora import fold_seed
 from halfbyte.memory.resident import PeakSampler, peak_bytes
+from halfbyte.memory.stats import PoolStats
 from halfbyte.training.checkpoint import prune_checkpoints, write_checkpoint
 from halfbyte.training.diagnosis import NonFinite, find_non_finite
 from halfbyte.training.held_out import HeldOutScore, score_held_out
 from halfbyte.training.interruption import StopRequest
 from halfbyte.training.metrics import METRICS_FILE, RecordFile
 from halfbyte.training.progress import Observer
+from halfbyte.training.room import Room
 from halfbyte.training.samples import SAMPLES_FILE
 from halfbyte.training.session import Session
 from halfbyte.training.step import Gradients, compute_gradients
@@ -38,11 +42,13 @@ class Outcome:
         ending: Why.
         step: Steps taken.
         held_out: The last evaluation, or None.
+        paging: What a paged optimizer held and moved since the run was begun or resumed, or None.
     """
 
     ending: Ending
     step: int
     held_out: HeldOutScore | None
+    paging: PoolStats | None
 
 
 class _Stop(Exception):  # noqa: N818  (not an error: the way out of an unfinished step)
@@ -81,18 +87,22 @@ class Trainer:
 
         Raises:
             TrainingError: A step was not finite and `training.on_nan` is `stop`.
-            StorageError: The disk is full; the last checkpoint is valid.
+            StorageError: The disk is full, or failed under a paged optimizer; the last checkpoint
+                is valid, and of the last complete step if it could be written.
         """
-        with PeakSampler() as sampler:
+        optimizer = self._session.optimizer
+        with PeakSampler(aside=lambda: optimizer.resident_bytes) as sampler:
+            room = Room(optimizer, sampler)
             try:
-                ending = self._steps(sampler)
+                ending = self._steps(sampler, room)
             finally:
                 self._metrics.close()
                 if self._texts is not None:
                     self._texts.close()
-        return Outcome(ending, self._session.counters.step, self._last_score)
+        paging = optimizer.stats() if optimizer.paged else None
+        return Outcome(ending, self._session.counters.step, self._last_score, paging)
 
-    def _steps(self, sampler: PeakSampler) -> Ending:
+    def _steps(self, sampler: PeakSampler, room: Room) -> Ending:
         session = self._session
         training = session.config.training
         if training.eval_first and self._at_beginning():
@@ -100,10 +110,13 @@ class Trainer:
         while session.counters.step < session.schedule.num_steps:
             step = next(session.stream)
             try:
-                self._take(step, sampler)
+                self._take(step, sampler, room)
             except _Stop:
                 self._save()
                 return Ending.STOPPED
+            except StorageError as error:
+                error.hint = self._rescue(error)
+                raise
             number = session.counters.step
             last = number == session.schedule.num_steps
             epoch_ends = step.index == step.num_steps - 1
@@ -125,11 +138,13 @@ class Trainer:
         counters = self._session.counters
         return counters.step == 0 and counters.best_loss is None
 
-    def _take(self, step: Step, sampler: PeakSampler) -> None:
+    def _take(self, step: Step, sampler: PeakSampler, room: Room) -> None:
         session = self._session
         counters = session.counters
+        session.optimizer.require_usable()
+        moved = session.optimizer.stats()
         begin = time.perf_counter()
-        gradients = self._gradients(step)
+        gradients = self._gradients(step, room)
         rate = session.config.training.learning_rate * session.schedule.factor(counters.step)
         record: dict[str, object] = {
             "step": counters.step + 1,
@@ -164,21 +179,31 @@ class Trainer:
             "peak_bytes": peak_bytes(),
             "peak_private_bytes": sampler.peak,
         }
+        if session.optimizer.paged:
+            record["paging"] = session.optimizer.stats().since(moved).record()
         self._metrics.append(record)
         self._observer.stepped(record)
 
-    def _gradients(self, step: Step) -> Gradients:
+    def _gradients(self, step: Step, room: Room) -> Gradients:
         session = self._session
+
+        @contextmanager
+        def around(batch: Batch) -> Iterator[None]:
+            with room.around(batch.num_tokens):
+                yield
+            if self._stop.pending:
+                raise _Stop
+
         while True:
             gradients = compute_gradients(
                 session.model.decoder,
                 step.micro_batches,
-                session.model.parameters,
+                session.accumulator,
                 recompute=session.choices.recompute,
                 dropout_seed=self._dropout_seed(),
                 loss_scale=session.loss_scale.scale,
                 max_norm=session.config.training.max_grad_norm,
-                between=self._leave_if_asked,
+                around=around,
             )
             # An overflow in float16 says that the scale was too large, not that the run is lost.
             if gradients.finite or not session.loss_scale.back_off():
@@ -187,16 +212,16 @@ class Trainer:
     def _dropout_seed(self) -> int:
         return fold_seed(self._session.config.training.seed, self._session.counters.step)
 
-    def _leave_if_asked(self) -> None:
-        if self._stop.pending:
-            raise _Stop
-
     def _diagnose(self, step: Step) -> NonFinite:
         session = self._session
         base = self._dropout_seed()
         seeds = [fold_seed(base, index) for index in range(len(step.micro_batches))]
         found = find_non_finite(
-            session.model.decoder, step.micro_batches, session.model.parameters, seeds
+            session.model.decoder,
+            step.micro_batches,
+            session.model.parameters,
+            session.accumulator,
+            seeds,
         )
         self._failure = (
             f"step {session.counters.step + 1} was not applied: {found.where} is not finite; "
@@ -247,6 +272,22 @@ class Trainer:
         for record in records:
             self._texts.append(record)
         self._observer.sampled(records)
+
+    def _rescue(self, error: StorageError) -> str:
+        """Save the last complete step after storage failed in the next; how to go on."""
+        session = self._session
+        try:
+            self._save()
+        except HalfbyteError as second:  # what failed first is what the user must know
+            self._observer.noted(f"step {session.counters.step} cannot be saved: {second}")
+        saved = self._saved_step
+        if saved is None:
+            return error.hint
+        return (
+            f"The run goes on from step {saved}, which is saved. Mend the disk, or name another as "
+            f"optimizer.directory in {session.directory / 'config.yaml'}. "
+            f"Then: halfbyte resume {session.directory}"
+        )
 
     def _save(self) -> None:
         session = self._session
