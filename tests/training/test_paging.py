@@ -19,7 +19,7 @@ from halfbyte.training import session as session_module
 from halfbyte.training.checkpoint import list_checkpoints
 from halfbyte.training.config import Config
 from halfbyte.training.methods import open_trained_model
-from halfbyte.training.metrics import read_metrics
+from halfbyte.training.metrics import read_records
 from halfbyte.training.room import Room
 from halfbyte.training.run import resume, train
 from halfbyte.training.step import compute_gradients
@@ -95,7 +95,7 @@ def test_paging_changes_no_bit_across_a_stop(
 
 def test_every_step_records_what_was_paged(tmp_path: Path) -> None:
     train(at(tmp_path, "run", *FULL, *paged()))
-    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    records = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
     assert len(records) == 5
     for record in records:
         figures = record["paging"]
@@ -196,7 +196,7 @@ def test_a_slow_tier_that_fails_costs_no_complete_step(
         with pytest.raises(StorageError, match=os.strerror(code)) as caught:
             train(config)
     run = tmp_path / "run"
-    steps = [r["step"] for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
+    steps = [r["step"] for r in read_records(run / "metrics.jsonl") if "loss" in r]
     checkpoints = [int(path.name.removeprefix("step-")) for path in list_checkpoints(run)]
     if saves:
         assert checkpoints[-1] == len(steps) < 5
