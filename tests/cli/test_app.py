@@ -3,9 +3,9 @@
 import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Annotated
@@ -40,14 +40,16 @@ def test_importing_every_command_imports_nothing_heavy() -> None:
 
 
 def test_help_answers_at_once() -> None:
-    # Measured 0.05 s. The promise is 0.3 s; the best of three keeps a busy machine out of it.
+    # Measured 0.05 s, of one thread that waits for nothing; the promise is 0.3 s. Its time on the
+    # processor, and the best of three, keep a busy machine out of it.
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(
             [sys.executable, "-m", "halfbyte", "--help"], check=True, stdout=subprocess.DEVNULL
         )
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
     assert min(seconds) < 0.3
 
 
