@@ -16,11 +16,13 @@ _HOMES = {
     "error_report": "halfbyte.formats.error_report",
     "linear": "halfbyte.kernels.linear",
     "load": "halfbyte.generation.model",
+    "merge": "halfbyte.composition.merge",
     "optim": "halfbyte.optim",
     "quantize": "halfbyte.formats.quantized_tensor",
     "quantize_model": "halfbyte.models.quantize_model",
     "resume": "halfbyte.training.run",
     "train": "halfbyte.training.api",
+    "unmerge": "halfbyte.composition.unmerge",
 }
 """Public name -> the module that defines it, or is it, imported when the name is first used."""
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from halfbyte import optim as optim
     from halfbyte.adapters.modules import attach as attach
     from halfbyte.composition.compose import compose as compose
+    from halfbyte.composition.merge import merge as merge
+    from halfbyte.composition.unmerge import unmerge as unmerge
     from halfbyte.errors import HalfbyteError as HalfbyteError
     from halfbyte.formats.double_quantization import DoubleQuantized as DoubleQuantized
     from halfbyte.formats.double_quantization import double_quantize as double_quantize

@@ -37,6 +37,8 @@ COMMANDS: dict[str, Command] = {
     "generate": Command("halfbyte.cli.generate", "Continue text with a model."),
     "chat": Command("halfbyte.cli.chat", "Talk to a model through its chat template."),
     "compose": Command("halfbyte.cli.compose", "Combine adapters into one, by an expression."),
-    "demo": Command("halfbyte.cli.demo", "Quantize a real model, fine-tune it, show the effect."),
-}
-"""Name -> command, in the order of the help."""
+    "merge": Command(
+        "halfbyte.cli.merge", "Merge an adapter into its base, and measure what that changed."
+    ),
+    "unmerge": Command("halfbyte.cli.unmerge", "Restore the base of a merged model."),
+    "demo": Command("halfbyte.cli.demo", "Quantize a real model and show what that did to it."),

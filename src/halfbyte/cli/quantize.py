@@ -60,7 +60,7 @@ def quantize(
     from halfbyte.models.quantize_model import quantize_model
 
     start = time.monotonic()
-    with contextlib.ExitStack() as stack, _ending_cleanly():
+    with contextlib.ExitStack() as stack, ending_cleanly():
         model = quantize_model(
             src,
             out,
@@ -114,7 +114,7 @@ def _shown(stack: contextlib.ExitStack) -> Callable[["Progress"], None]:
 
 
 @contextlib.contextmanager
-def _ending_cleanly() -> Iterator[None]:
+def ending_cleanly() -> Iterator[None]:
     """Let SIGTERM end the work as Ctrl-C does, which removes what was being written."""
 
     def interrupt(*_: object) -> None:

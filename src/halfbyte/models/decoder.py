@@ -194,13 +194,8 @@ class Decoder:
             UsageError: Tokens, segments, cache or the numbers do not fit.
         """
         self._require_fitting(tokens_T, segments, cache, recompute)
-        angles = {
-            spec: rotary_table(frequencies, segments.positions, spec.attention_factor)
-            for spec, frequencies in self._frequencies.items()
-        }
-        routing = route(segments, self.mixes if mixes is None else mixes, dropout_seed)
-        shared = Pass(segments, angles, routing, cache)
-        x_TD = self._embed(tokens_T)
+        shared = self.prepare(segments, cache=cache, mixes=mixes, dropout_seed=dropout_seed)
+        x_TD = self.embed(tokens_T)
         for layer in self.layers:
             self.store.announce(layer.index + 1)
             if layer.index < recompute and torch.is_grad_enabled():
@@ -219,7 +214,24 @@ class Decoder:
         with torch.no_grad():
             return self.head.logits(self(tokens_T, segments, rows=rows))
 
-    def _embed(self, tokens_T: Tensor) -> Tensor:
+    def prepare(
+        self,
+        segments: Segments,
+        *,
+        cache: KeyValueCache | None = None,
+        mixes: Sequence[Mix] | None = None,
+        dropout_seed: int | None = None,
+    ) -> Pass:
+        """What all layers share; for callers that run the layers themselves."""
+        angles = {
+            spec: rotary_table(frequencies, segments.positions, spec.attention_factor)
+            for spec, frequencies in self._frequencies.items()
+        }
+        routing = route(segments, self.mixes if mixes is None else mixes, dropout_seed)
+        return Pass(segments, angles, routing, cache)
+
+    def embed(self, tokens_T: Tensor) -> Tensor:
+        """What the first layer takes, `[T, D]`."""
         table = self.store.acquire(self._embeddings)
         assert isinstance(table, Tensor)  # noqa: S101  (opening refuses 4-bit embeddings)
         x_TD = functional.embedding(tokens_T, table).to(self.compute_dtype)

@@ -1,7 +1,7 @@
 """Stores for the weights of a model directory: mapped from its files, or copied to memory."""
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,9 +35,10 @@ class MappedStore:
         self._mapped = mapped
         self._weights = {name: weight.value for name, weight in weights.items()}
         self._parts = {name: weight.parts for name, weight in weights.items()}
-        self._wanted: dict[int, list[str]] = {}
+        self._of_layer: dict[int, list[str]] = {}
         for weight in weights.values():
-            self._wanted.setdefault(weight.layer, []).extend(weight.parts)
+            self._of_layer.setdefault(weight.layer, []).extend(weight.parts)
+        self._wanted = set(self._of_layer)
 
     def acquire(self, ref: WeightRef) -> Weight:
         """The weight, over the file's pages."""
@@ -48,8 +49,9 @@ class MappedStore:
 
     def announce(self, layer: int) -> None:
         """Let the system read the layer's pages ahead, the first time."""
-        for part in self._wanted.pop(layer, ()):
-            self._mapped.home(part).advise(part, mmap.MADV_WILLNEED)
+        if layer in self._wanted:
+            self._wanted.remove(layer)
+            self._advise(self._of_layer[layer], mmap.MADV_WILLNEED)
 
     def size(self, name: str) -> int:
         """Bytes that a weight takes in the files."""
@@ -57,8 +59,15 @@ class MappedStore:
 
     def forget(self, name: str) -> None:
         """Give the pages of a weight back; whoever reads it again has them read again."""
-        for part in self._parts[name]:
-            self._mapped.home(part).advise(part, mmap.MADV_DONTNEED)
+        self._advise(self._parts[name], mmap.MADV_DONTNEED)
+
+    def forget_layer(self, layer: int) -> None:
+        """Give the pages of all weights of a layer back."""
+        self._advise(self._of_layer[layer], mmap.MADV_DONTNEED)
+
+    def _advise(self, parts: Iterable[str], advice: int) -> None:
+        for part in parts:
+            self._mapped.home(part).advise(part, advice)
 
     def resident(self, dtype: torch.dtype) -> ResidentStore:
         """A copy in memory; linears that are not in 4 bits, and embeddings, in `dtype`."""
