@@ -19,7 +19,7 @@ Source:
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from torch import Tensor
 from halfbyte.formats.codebooks import Codebook
 
 FEEDBACK_BLOCK, DESCENT_BLOCK = 128, 64
+SWEEPS = 2
 DAMPING = 0.01
 """Share of the mean of H's diagonal that is added to it: inputs that calibration hardly shows."""
 
@@ -62,14 +63,12 @@ class Grid:
             codes[row] = self.codes[index]
         return codes
 
-    def permuted(self, order: Tensor) -> "Grid":
-        """The same for inputs in another order."""
-        return Grid(
-            self.table,
-            self.codes,
-            self.midpoints,
-            self.scales_IO[order],
-            self.inverse_IO[order],
+    def select(self, inputs: Tensor | slice, outputs: slice) -> "Grid":
+        """The same for some inputs, in any order, and some outputs."""
+        return replace(
+            self,
+            scales_IO=self.scales_IO[inputs, outputs],
+            inverse_IO=self.inverse_IO[inputs, outputs],
         )
 
 
@@ -83,13 +82,11 @@ def make_grid(codebook: Codebook, scales_IO: Tensor) -> Grid:
     return Grid(values, order.to(torch.uint8), midpoints, scales_IO, inverse)
 
 
-def damped(hessian_II: Tensor) -> Tensor:
-    """H with `DAMPING`, positive definite; inputs that are always 0 count as others hardly do."""
+def damp_(hessian_II: Tensor) -> Tensor:
+    """Add `DAMPING` to H, in place: it becomes positive definite."""
     diagonal = hessian_II.diagonal()
-    extra = DAMPING * float(diagonal.mean()) or 1.0
-    result = hessian_II.clone()
-    result.diagonal().add_(extra)
-    return result
+    diagonal.add_(DAMPING * float(diagonal.mean()) or 1.0)
+    return hessian_II
 
 
 def output_error(error_IO: Tensor, hessian_II: Tensor) -> Tensor:
@@ -97,44 +94,55 @@ def output_error(error_IO: Tensor, hessian_II: Tensor) -> Tensor:
     return (error_IO * (hessian_II @ error_IO)).sum(dim=0).clamp_(min=0)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Feedback:
+    """How the error of one input's weights spreads over those still to come.
+
+    Attributes:
+        order: int64 `[I]`; inputs by their mean square, the largest first, while most can follow.
+        upper_II: The upper Cholesky factor of the inverse of H in that order.
+    """
+
+    order: Tensor
+    upper_II: Tensor
+
+
+def make_feedback(hessian_II: Tensor) -> Feedback:
+    """The factors for a positive definite H; they serve all searches with it."""
+    order = torch.argsort(hessian_II.diagonal(), descending=True, stable=True)
+    factor_II = torch.linalg.cholesky(hessian_II[order][:, order])
+    torch.cholesky_inverse(factor_II, out=factor_II)
+    return Feedback(order, torch.linalg.cholesky(factor_II, upper=True))
+
+
 def search(
-    weight_IO: Tensor,
-    grid: Grid,
-    hessian_II: Tensor,
-    *,
-    start_IO: Tensor | None = None,
-    sweeps: int = 3,
+    weight_IO: Tensor, grid: Grid, hessian_II: Tensor, feedback: Feedback, start_IO: Tensor
 ) -> Tensor:
     """The representable values that change the outputs least, as far as the searches find them.
 
     Args:
         weight_IO: float32; what the layer should compute with.
         grid: What it can.
-        hessian_II: float32, positive definite; see `damped`.
+        hessian_II: float32, positive definite; see `damp_`.
+        feedback: Of `hessian_II`.
         start_IO: Representable values to start the descent from where they are better than what
             error feedback finds, output by output: the base's own.
-        sweeps: Of the descent.
 
     Returns:
         float32 `[I, O]`; no output is worse, under `hessian_II`, than from `start_IO`.
     """
-    found_IO = feed_back(weight_IO, grid, hessian_II)
-    if start_IO is not None:
-        better_O = output_error(start_IO - weight_IO, hessian_II) < output_error(
-            found_IO - weight_IO, hessian_II
-        )
-        found_IO = torch.where(better_O, start_IO, found_IO)
-    return descend(weight_IO, grid, hessian_II, found_IO, sweeps=sweeps)
+    found_IO = feed_back(weight_IO, grid, feedback)
+    better_O = output_error(start_IO - weight_IO, hessian_II) < output_error(
+        found_IO - weight_IO, hessian_II
+    )
+    found_IO = torch.where(better_O, start_IO, found_IO)
+    return descend(weight_IO, grid, hessian_II, found_IO)
 
 
-def feed_back(weight_IO: Tensor, grid: Grid, hessian_II: Tensor) -> Tensor:
-    """Round the weights one input after the other; those to come make up for each error.
-
-    Inputs go in the order of their mean square, the largest first, while most can still follow.
-    """
-    order = torch.argsort(hessian_II.diagonal(), descending=True, stable=True)
-    upper_II = _feedback_factors(hessian_II[order][:, order])
-    left_IO, ordered = weight_IO[order], grid.permuted(order)
+def feed_back(weight_IO: Tensor, grid: Grid, feedback: Feedback) -> Tensor:
+    """Round the weights one input after the other; those to come make up for each error."""
+    order, upper_II = feedback.order, feedback.upper_II
+    left_IO, ordered = weight_IO[order], grid.select(order, slice(None))
     found_IO = torch.empty_like(weight_IO)
     for begin, end in _blocks(len(order), FEEDBACK_BLOCK):
         errors_BO = torch.empty_like(left_IO[begin:end])
@@ -149,7 +157,7 @@ def feed_back(weight_IO: Tensor, grid: Grid, hessian_II: Tensor) -> Tensor:
 
 
 def descend(
-    weight_IO: Tensor, grid: Grid, hessian_II: Tensor, start_IO: Tensor, *, sweeps: int
+    weight_IO: Tensor, grid: Grid, hessian_II: Tensor, start_IO: Tensor, *, sweeps: int = SWEEPS
 ) -> Tensor:
     """Change one code at a time to the best one, all others fixed; never raises an output's error.
 
@@ -176,14 +184,6 @@ def descend(
         if not num_changed:
             break
     return values_IO
-
-
-def _feedback_factors(hessian_II: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of H, whose row i spreads the error of input i."""
-    lower_II = torch.linalg.cholesky(hessian_II)
-    inverse_II = torch.cholesky_inverse(lower_II)
-    upper_II: Tensor = torch.linalg.cholesky(inverse_II, upper=True)
-    return upper_II
 
 
 def _blocks(count: int, size: int) -> Iterator[tuple[int, int]]:

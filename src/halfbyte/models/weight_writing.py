@@ -6,16 +6,13 @@ the source lies over the pages of its files, which are given back as it goes.
 """
 
 import math
-import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 import halfbyte.kernels  # noqa: F401  (registers the native bodies)
@@ -24,6 +21,7 @@ from halfbyte.formats.safetensors_writer import SafetensorsWriter
 from halfbyte.formats.shards import write_index
 from halfbyte.models.quantization_plan import Item, Plan, Shard
 from halfbyte.models.sources import Tensors
+from halfbyte.models.threads import single_core_threads, threads
 from halfbyte.storage.fingerprint import Fingerprint
 
 Conversion = Callable[[Item], Mapping[str, Tensor]]
@@ -33,7 +31,6 @@ Conversion = Callable[[Item], Mapping[str, Tensor]]
 MAX_BYTES_IN_FLIGHT = 160 << 20
 # The disk is set to work each time this much has been written.
 SYNC_EVERY_BYTES = 64 << 20
-MAX_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +119,9 @@ class _Run:
 
     def start(self, stack: ExitStack) -> None:
         """Start the threads; they end with `stack`."""
-        self._converting = stack.enter_context(_single_core_threads())
+        self._converting = stack.enter_context(single_core_threads())
         self._hashing, self._writing, self._syncing = (
-            stack.enter_context(_threads(1)) for _ in range(3)
+            stack.enter_context(threads(1)) for _ in range(3)
         )
 
     def write(self, shard: Shard, writer: SafetensorsWriter) -> None:
@@ -178,41 +175,6 @@ class _Run:
             self._done += self._tensors.size(oldest.name)
             if self._progress is not None:
                 self._progress(Progress(self._done, self._tensors.num_bytes))
-
-
-@contextmanager
-def _threads(
-    count: int, initializer: Callable[[], None] | None = None
-) -> Iterator[ThreadPoolExecutor]:
-    """Threads that are gone at the end; after an exception, what they had not begun is dropped."""
-    executor = ThreadPoolExecutor(count, initializer=initializer)
-    try:
-        yield executor
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _single_core_threads() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch may use, in each of which torch uses one.
-
-    Tensors in parallel need no barriers, which cost more than the work when the machine is busy,
-    and every sum is taken in the same order whatever the number of cores.
-    """
-    allowed = torch.get_num_threads()
-    count = min(allowed, MAX_THREADS)
-    started = threading.Barrier(count + 1)
-
-    def begin() -> None:
-        torch.set_num_threads(1)
-        started.wait()
-
-    with _threads(count, begin) as executor:
-        for _ in range(count):
-            executor.submit(os.getpid)  # a task for each starts each
-        started.wait()
-        torch.set_num_threads(allowed)  # for threads yet to come; those above keep one
-        yield executor
 
 
 @contextmanager
