@@ -19,11 +19,13 @@ PUBLIC = {
     "load",
     "error_report",
     "linear",
+    "merge",
     "optim",
     "quantize",
     "quantize_model",
     "resume",
     "train",
+    "unmerge",
 }
 
 
