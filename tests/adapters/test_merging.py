@@ -206,6 +206,13 @@ def test_what_does_not_belong_together_is_refused(
     assert not (tmp_path / "merged").exists()
 
 
+def test_an_adapter_from_above_another_wants_its_stack(base: Path, tmp_path: Path) -> None:
+    below = [{"name": "first", "fingerprint": "0" * 64}]
+    above = replace(random_adapter(base), provenance={"on_top_of": below})
+    with pytest.raises(VerificationError, match="trained on top of first: merge the stack"):
+        merge_dense(base, above, tmp_path / "merged")
+
+
 def test_a_base_that_was_changed_is_refused(base: Path, tmp_path: Path) -> None:
     (base / RECORD).write_text(json.dumps({"fingerprint": "0" * 64}))
     with pytest.raises(VerificationError, match=f"fingerprint {'0' * 64} recorded"):

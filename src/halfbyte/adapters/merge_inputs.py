@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.adapters.adapter import Adapter, check_adapter_fits
-from halfbyte.adapters.peft_files import read_adapter
+from halfbyte.adapters.fingerprint import fingerprint_adapter
+from halfbyte.adapters.stack import base_fingerprint, trained_on_top_of
+from halfbyte.adapters.stack_files import load_adapter
 from halfbyte.errors import FormatError, VerificationError
 from halfbyte.formats.checks import nonfinite_fault
 from halfbyte.formats.shards import open_shards
@@ -17,7 +19,6 @@ from halfbyte.models.config import parse_config
 from halfbyte.models.layout import layout_of
 from halfbyte.models.record import recorded_fingerprint
 from halfbyte.models.sources import Source, Tensors, open_source
-from halfbyte.storage.fingerprint import fingerprint_tensors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,14 +50,12 @@ class MergeInputs:
 
     def record(self) -> dict[str, object]:
         """Where the merge comes from, for `halfbyte.json`; enough to find the base again."""
-        factors = {
-            f"{path}.{label}": factor
-            for path, update in self.adapter.modules.items()
-            for label, factor in (("lora_A", update.a_RI), ("lora_B", update.b_OR))
-        }
         return {
             "base": {"path": str(self.base.resolve()), "fingerprint": self.fingerprint},
-            "adapter": {"path": self.adapter_name, "fingerprint": fingerprint_tensors(factors)},
+            "adapter": {
+                "path": self.adapter_name,
+                "fingerprint": fingerprint_adapter(self.adapter),
+            },
             "weights": None if self.original is None else dict(self.original.description),
         }
 
@@ -68,13 +67,13 @@ def open_merge(
 
     Args:
         model: Directory of the base that the adapter was trained on.
-        adapter: A directory in PEFT's layout, or the adapter itself.
+        adapter: Directory of an adapter in PEFT's layout or of a stack, or the adapter itself.
         base_weights: The 16-bit model that the base was quantized from: a directory, a GGUF file
             or a hub id. The update is then added to these weights.
 
     Raises:
-        HalfbyteError: Files are missing, unsafe or not valid; see `open_base`, `read_adapter`
-            and `open_source`.
+        HalfbyteError: Files are missing, unsafe or not valid; see `open_base`,
+            `load_adapter` and `open_source`.
         VerificationError: The base is not the one that its record or the adapter names; other
             misfits are listed too.
         FormatError: The adapter does not fit the base, or holds a NaN; all faults are listed.
@@ -84,7 +83,7 @@ def open_merge(
     if isinstance(adapter, Adapter):
         value, name = adapter, "in memory"
     else:
-        value, name = read_adapter(adapter), str(adapter)
+        value, name = load_adapter(adapter), str(adapter)
     fingerprint = measure_fingerprint(open_shards(base))
     _check(value, name, source, base, fingerprint)
     original = None if base_weights is None else open_source(base_weights)
@@ -104,9 +103,13 @@ def _check(adapter: Adapter, name: str, source: Source, base: Path, fingerprint:
     recorded = recorded_fingerprint(base)
     if recorded not in (None, fingerprint):
         problems.append(f"{base}: fingerprint {recorded} recorded, its tensors have {fingerprint}")
-    trained_on = trained_on_fingerprint(adapter)
+    trained_on = base_fingerprint(adapter)
     if trained_on not in (None, fingerprint):
         problems.append(f"fingerprint {trained_on} expected of the base, found {fingerprint}")
+    if below := trained_on_top_of(adapter):
+        problems.append(
+            f"it was trained on top of {' > '.join(part.name for part in below)}: merge the stack"
+        )
     wrong_base = bool(problems)
     try:
         check_adapter_fits(adapter, linears, name=name)
@@ -126,13 +129,6 @@ def _check(adapter: Adapter, name: str, source: Source, base: Path, fingerprint:
             hint=f"Its base was {adapter.base_model or 'not named'}; quantizing again with other "
             "settings makes another base, too.",
         )
-
-
-def trained_on_fingerprint(adapter: Adapter) -> str | None:
-    """The fingerprint of the base that the adapter was trained on, if its provenance names it."""
-    record = (adapter.provenance or {}).get("base")
-    found = record.get("fingerprint") if isinstance(record, dict) else None
-    return found if isinstance(found, str) else None
 
 
 def _check_original(original: Source, base: BaseTensors) -> None:

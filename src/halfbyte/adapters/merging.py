@@ -95,7 +95,7 @@ def merge_dense(
 
     Args:
         model: Directory of the base, 4-bit or not.
-        adapter: A directory in PEFT's layout, or the adapter itself.
+        adapter: Directory of an adapter or a stack, or the adapter itself.
         out: Where to write; must not exist, unless `replace`.
         dtype: `bf16`, `fp16` or `fp32`, of every tensor.
         base_weights: Add the update to these 16-bit weights instead of the decoded base: the model

@@ -41,4 +41,6 @@ COMMANDS: dict[str, Command] = {
         "halfbyte.cli.merge", "Merge an adapter into its base, and measure what that changed."
     ),
     "unmerge": Command("halfbyte.cli.unmerge", "Restore the base of a merged model."),
-    "demo": Command("halfbyte.cli.demo", "Quantize a real model and show what that did to it."),
+    "demo": Command("halfbyte.cli.demo", "Quantize a real model, fine-tune it, show the effect."),
+}
+"""Name -> command, in the order of the help."""

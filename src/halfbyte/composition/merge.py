@@ -65,7 +65,7 @@ def merge(
 
     Args:
         model: Directory of the base that the adapter was trained on.
-        adapter: A directory in PEFT's layout, or the adapter itself.
+        adapter: Directory of an adapter or a stack, or the adapter itself.
         out: Where to write; must not exist, unless `replace`.
         dtype: `bf16`, `fp16`, `fp32`, or `nf4`, `fp4` for a 4-bit model whose codes are chosen on
             the calibration text.

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.adapters.adapter import Adapter
+from halfbyte.adapters.attaching import attach_adapter
 from halfbyte.adapters.merge_inputs import MergeInputs
 from halfbyte.adapters.merging import dense_dtype, write_companions, write_dense
 from halfbyte.composition.certificate import BASE
@@ -21,8 +22,7 @@ from halfbyte.composition.four_bit_merge import (
 )
 from halfbyte.composition.probe import Measurement, Subject, measure
 from halfbyte.composition.texts import Text
-from halfbyte.layers.lora import BASE_ONLY, LoraFactors
-from halfbyte.models.decoder import Decoder
+from halfbyte.layers.lora import BASE_ONLY
 from halfbyte.models.load import load_decoder
 from halfbyte.models.weight_writing import Progress as BytesDone
 
@@ -162,15 +162,9 @@ def _open(directory: Path, adapter: Adapter | None) -> Subject:
     decoder = load_decoder(directory, compute_dtype=COMPUTE_DTYPE)
     if adapter is None:
         return Subject(decoder, BASE_ONLY)
-    _attach(decoder, adapter)
-    return Subject(decoder, ((_ATTACHED, 1.0),))
-
-
-def _attach(decoder: Decoder, adapter: Adapter) -> None:
-    for path, update in adapter.modules.items():
-        factors = LoraFactors(update.a_RI, update.b_OR, update.scaling)
-        decoder.linears[path].attach(_ATTACHED, factors)
+    attach_adapter(decoder, _ATTACHED, adapter, base=None, source=directory)
     decoder.mixes = (((_ATTACHED, 1.0),),)
+    return Subject(decoder, decoder.mixes[0])
 
 
 def _residual(candidate: Candidate) -> Adapter | None:
