@@ -14,9 +14,9 @@ from halfbyte.kernels import backends
 def main() -> int:
     """Run the subjects that the command line names; every one without names."""
     warnings.simplefilter("ignore")  # of the peers
-    from benchmarks import kernels  # noqa: PLC0415  (imports the peers)
+    from benchmarks import attention, kernels  # noqa: PLC0415  (imports the peers)
 
-    subjects = {subject.name: subject for subject in kernels.SUBJECTS}
+    subjects = {subject.name: subject for subject in (*kernels.SUBJECTS, *attention.SUBJECTS)}
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("subjects", nargs="*", metavar="subject", help=", ".join(subjects))
     parser.add_argument("--turns", type=int, default=11, help="turns that the ways take")

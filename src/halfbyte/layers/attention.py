@@ -22,6 +22,7 @@ from halfbyte.kernels import backends
 from halfbyte.kernels.attention import attention as kernel
 from halfbyte.kernels.attention import attention_backward as kernel_backward
 from halfbyte.layers.autograd import Context, apply
+from halfbyte.layers.rotary import Angles, rotate, rotate_
 from halfbyte.layers.segments import Segments
 
 QUERY_BLOCK = 1024
@@ -44,12 +45,28 @@ class AttentionSpec:
 
 
 def packed_attention(
-    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, segments: Segments, spec: AttentionSpec
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    segments: Segments,
+    spec: AttentionSpec,
+    angles: Angles | None = None,
 ) -> Tensor:
-    """Attention of each segment over itself, `[T, H, D]`. Differentiable."""
+    """Attention of each segment over itself, `[T, H, D]`. Differentiable.
+
+    Args:
+        q_THD: Queries. With angles their memory is taken over: nobody may read them afterwards.
+        k_TGD: Keys; as queries.
+        v_TGD: Values.
+        segments: Their boundaries.
+        spec: Scale, window, softcap.
+        angles: Cosine and sine, float32 `[T, 1, D / 2]` each, to turn queries and keys by first.
+    """
     if _has_kernel(q_THD):
         cu_seqlens = segments.cu_seqlens_q
-        return _by_kernel(q_THD, k_TGD, v_TGD, (cu_seqlens, cu_seqlens), spec)
+        return _by_kernel(q_THD, k_TGD, v_TGD, (cu_seqlens, cu_seqlens), spec, angles)
+    if angles is not None:
+        q_THD, k_TGD = rotate(q_THD, *angles), rotate(k_TGD, *angles)
     bounds = segments.bounds_q
     parts = [
         _segment_attention(
@@ -106,17 +123,25 @@ class _Attention(torch.autograd.Function):
         v_SGD: Tensor,
         bounds: tuple[Tensor, Tensor],
         spec: AttentionSpec,
+        angles: Angles | None,
     ) -> Tensor:
         call = (*bounds, spec.scale, spec.window, spec.softcap)
+        if angles is not None:
+            rotate_(q_THD, *angles)
+            rotate_(k_SGD, *angles)
         out_THD, lse_HT = kernel(q_THD, k_SGD, v_SGD, *call)
         ctx.save_for_backward(q_THD, k_SGD, v_SGD, out_THD, lse_HT)
-        ctx.kept = call
+        ctx.kept = call, angles
         return out_THD  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Context, grad_THD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        grad_q, grad_k, grad_v = kernel_backward(grad_THD, *ctx.saved_tensors, *ctx.kept)
-        return grad_q, grad_k, grad_v, None, None
+    def backward(ctx: Context, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
+        call, angles = ctx.kept
+        grad_q, grad_k, grad_v = kernel_backward(grad_THD, *ctx.saved_tensors, *call)
+        if angles is not None:
+            rotate_(grad_q, *angles, inverse=True)
+            rotate_(grad_k, *angles, inverse=True)
+        return grad_q, grad_k, grad_v, None, None, None
 
 
 def _by_kernel(
@@ -125,10 +150,14 @@ def _by_kernel(
     v_SGD: Tensor,
     bounds: tuple[Tensor, Tensor],
     spec: AttentionSpec,
+    angles: Angles | None = None,
 ) -> Tensor:
     """`[T, H, D]`; `bounds` are the `cu_seqlens` of queries and of keys."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_THD, k_SGD, v_SGD)):
-        return apply(_Attention, q_THD, k_SGD, v_SGD, bounds, spec)
+        return apply(_Attention, q_THD, k_SGD, v_SGD, bounds, spec, angles)
+    if angles is not None:
+        rotate_(q_THD, *angles)
+        rotate_(k_SGD, *angles)
     out_THD, _ = kernel(q_THD, k_SGD, v_SGD, *bounds, spec.scale, spec.window, spec.softcap)
     return out_THD  # type: ignore[no-any-return]
 

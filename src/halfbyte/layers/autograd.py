@@ -23,6 +23,10 @@ class Context(Protocol):
         """Save tensors for the backward."""
         ...
 
+    def set_materialize_grads(self, value: bool) -> None:  # noqa: FBT001  (PyTorch's)
+        """Whether gradients that nobody computed come as zeros, or as None."""
+        ...
+
 
 def apply(function: type[torch.autograd.Function], *arguments: object) -> Tensor:
     """Call a function that has one output."""

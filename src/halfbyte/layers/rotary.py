@@ -14,6 +14,9 @@ from torch import Tensor
 from halfbyte.kernels.elementwise import rotate_ as kernel
 from halfbyte.layers.autograd import Context, apply
 
+Angles = tuple[Tensor, Tensor]
+"""Cosine and sine of the angle of each token and frequency, float32 `[T, 1, F]` each."""
+
 
 @dataclass(frozen=True, slots=True)
 class RotarySpec:
@@ -85,10 +88,8 @@ def _yarn(plain: Tensor, spec: RotarySpec, head_dim: int) -> Tensor:
     return stretched * plain / spec.factor + (1 - stretched) * plain
 
 
-def rotary_table(
-    frequencies_F: Tensor, positions_T: Tensor, attention_factor: float
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every angle, float32 `[T, 1, F]` each, ready for `rotate`."""
+def rotary_table(frequencies_F: Tensor, positions_T: Tensor, attention_factor: float) -> Angles:
+    """What `rotate` takes."""
     angles = positions_T[:, None, None].float() * frequencies_F
     cosine, sine = angles.cos(), angles.sin()
     if attention_factor != 1.0:
@@ -102,18 +103,15 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, x_THD: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         ctx.save_for_backward(cosine, sine)
-        return _rotated(x_THD, cosine, sine)
+        out = x_THD.clone(memory_format=torch.contiguous_format)
+        kernel(out, cosine, sine)
+        return out
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
-        cosine, sine = ctx.saved_tensors
-        return _rotated(grad, cosine, -sine), None, None
-
-
-def _rotated(x_THD: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    out = x_THD.detach().clone(memory_format=torch.contiguous_format)
-    kernel(out, cosine, sine)
-    return out
+        out = grad.clone(memory_format=torch.contiguous_format)
+        kernel(out, *ctx.saved_tensors, True)
+        return out, None, None
 
 
 def rotate(x_THD: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -124,14 +122,19 @@ def rotate(x_THD: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         cosine: float32 `[T, 1, F]`.
         sine: float32 `[T, 1, F]`.
     """
+    return apply(_Rotate, x_THD, cosine, sine)
+
+
+def rotate_(x_THD: Tensor, cosine: Tensor, sine: Tensor, *, inverse: bool = False) -> Tensor:
+    """`rotate` in place, or the other way; not in place where gradients are recorded.
+
+    Args:
+        x_THD: The features of a head are consecutive.
+        cosine: float32 `[T, 1, F]`.
+        sine: float32 `[T, 1, F]`.
+        inverse: Turn back.
+    """
     if x_THD.requires_grad and torch.is_grad_enabled():
-        return apply(_Rotate, x_THD, cosine, sine)
-    return _rotated(x_THD, cosine, sine)
-
-
-def rotate_(x_THD: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """`rotate` in place where that is possible: no gradients, and `x` contiguous."""
-    if torch.is_grad_enabled() or not x_THD.is_contiguous():
-        return rotate(x_THD, cosine, sine)
-    kernel(x_THD, cosine, sine)
+        return rotate(x_THD, cosine, -sine if inverse else sine)
+    kernel(x_THD.detach(), cosine, sine, inverse)
     return x_THD

@@ -26,7 +26,7 @@ from halfbyte.layers.cross_entropy import Head
 from halfbyte.layers.linear import Linear, project
 from halfbyte.layers.lora import BASE_ONLY, Mix, Routing, route
 from halfbyte.layers.norm import Norm
-from halfbyte.layers.rotary import RotarySpec, inverse_frequencies, rotary_table, rotate_
+from halfbyte.layers.rotary import Angles, RotarySpec, inverse_frequencies, rotary_table, rotate_
 from halfbyte.layers.segments import Segments
 from halfbyte.layers.weights import WeightRef, WeightStore
 from halfbyte.models.config import ModelConfig
@@ -55,7 +55,7 @@ class Pass:
     """
 
     segments: Segments
-    angles: dict[RotarySpec, tuple[Tensor, Tensor]]
+    angles: dict[RotarySpec, Angles]
     routing: Routing
     cache: KeyValueCache | None
 
@@ -102,9 +102,9 @@ class DecoderLayer:
         update = self._attend(self.attention_norm(x_TD), shared)
         if self.post_attention_norm is not None:
             update = self.post_attention_norm(update)
-        x_TD = x_TD + update
+        x_TD, normal_TD = self.mlp_norm.after_adding(x_TD, update)
         routing = shared.routing
-        gate, up = project(self.mlp_norm(x_TD), self.gates, routing)
+        gate, up = project(normal_TD, self.gates, routing)
         update = self.down(gated(gate, up, self.activation), routing)
         if self.post_mlp_norm is not None:
             update = self.post_mlp_norm(update)
@@ -118,12 +118,12 @@ class DecoderLayer:
         v_TGK = v.view(num_tokens, -1, self.head_dim)
         if self.query_norm is not None and self.key_norm is not None:
             q_THK, k_TGK = self.query_norm(q_THK), self.key_norm(k_TGK)
-        cosine, sine = shared.angles[self.rotary]
-        # In place where nothing is recorded: projections and norms made these for us alone.
-        q_THK, k_TGK = rotate_(q_THK, cosine, sine), rotate_(k_TGK, cosine, sine)
+        # Turned in place: projections and norms made queries and keys for us alone.
+        angles = shared.angles[self.rotary]
         if shared.cache is None:
-            mixed = packed_attention(q_THK, k_TGK, v_TGK, shared.segments, self.attention)
+            mixed = packed_attention(q_THK, k_TGK, v_TGK, shared.segments, self.attention, angles)
         else:
+            q_THK, k_TGK = rotate_(q_THK, *angles), rotate_(k_TGK, *angles)
             keys, values = shared.cache.extend(self.index, k_TGK, v_TGK, shared.segments)
             mixed = cached_attention(q_THK, keys, values, shared.segments, self.attention)
         return self.output(mixed.reshape(num_tokens, -1), shared.routing)

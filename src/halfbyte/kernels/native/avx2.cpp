@@ -14,6 +14,7 @@
 // (after the target, so that the loops are compiled for it)
 #include "adamw.h"
 #include "attention.h"
+#include "elementwise.h"
 #include "gemm.h"
 #include "matmul.h"
 #include "softmax.h"
@@ -159,6 +160,11 @@ const Kernels kAvx2 = {
     .attention_forward = avx2::attention_forward,
     .attention_delta = avx2::attention_delta,
     .attention_backward = avx2::attention_backward,
+    .rms_norm = avx2::rms_norm,
+    .rms_norm_backward = avx2::rms_norm_backward,
+    .rotate = avx2::rotate,
+    .gated = avx2::gated,
+    .gated_backward = avx2::gated_backward,
     .prepared_bytes = avx2::Linear::prepared_bytes,
     .prepare = avx2::Linear::prepare,
     .linear = avx2::Linear::run,

@@ -18,6 +18,7 @@
 #include "adamw.h"
 #include "attention.h"
 #include "avx512.h"
+#include "elementwise.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "plain.h"
@@ -216,6 +217,11 @@ const Kernels kAvx512Bf16 = {
     .attention_forward = avx512::attention_forward,
     .attention_delta = avx512::attention_delta,
     .attention_backward = avx512::attention_backward,
+    .rms_norm = avx512::rms_norm,
+    .rms_norm_backward = avx512::rms_norm_backward,
+    .rotate = avx512::rotate,
+    .gated = avx512::gated,
+    .gated_backward = avx512::gated_backward,
     .prepared_bytes = avx512::prepared_bytes,
     .prepare = avx512::prepare,
     .linear = avx512::linear,

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention_types.h"
+#include "elementwise_types.h"
 #include "gemm_types.h"
 #include "types.h"
 
@@ -45,6 +46,13 @@ struct Kernels {
   void (*attention_forward)(const Attention& attention, const AttentionTask& task, float* scratch);
   void (*attention_delta)(const Attention& attention, int64_t begin, int64_t end);
   void (*attention_backward)(const Attention& attention, const AttentionTask& task, float* scratch);
+
+  // Rows or tokens [begin, end): elementwise_types.h.
+  void (*rms_norm)(const NormRows& rows, int64_t begin, int64_t end);
+  void (*rms_norm_backward)(const NormRows& rows, int64_t begin, int64_t end, float* grad_weight);
+  void (*rotate)(const Rotation& turn, int64_t begin, int64_t end);
+  void (*gated)(const GatedRows& rows, int64_t begin, int64_t end);
+  void (*gated_backward)(const GatedRows& rows, int64_t begin, int64_t end);
 
   // x W^T for few rows, in two steps. `prepare` rewrites rows [begin, end) of x [rows,
   // in_features] in the order that `linear` reads; `linear` writes outputs [begin, end) of every

@@ -30,15 +30,39 @@ inline Floats load(const float* p) {
 
 inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
 
+// 16-bit numbers in the low halves of integers, and those halves again.
+inline Ints widen(const uint16_t* p) {
+#if HALFBYTE_LANES == 16
+  return (Ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif HALFBYTE_LANES == 8
+  return (Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Halves v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Ints);
+#endif
+}
+
+inline void narrow(uint16_t* p, Ints v) {
+#if HALFBYTE_LANES == 16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)v));
+#elif HALFBYTE_LANES == 8
+  const __m128i low = _mm256_castsi256_si128((__m256i)v);
+  const __m128i high = _mm256_extracti128_si256((__m256i)v, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+#else
+  const Halves halves = __builtin_convertvector(v, Halves);
+  __builtin_memcpy(p, &halves, sizeof halves);
+#endif
+}
+
 // A register of any dtype, as floats; and the other way, rounded as in types.h.
 template <DType dtype>
 inline Floats load(const typename Element<dtype>::Type* p) {
   if constexpr (dtype == DType::kFloat32) {
     return load(p);
   } else {
-    Halves v;
-    __builtin_memcpy(&v, p, sizeof v);
-    const Ints bits = __builtin_convertvector(v, Ints);
+    const Ints bits = widen(p);
     if constexpr (dtype == DType::kBFloat16) return (Floats)(bits << 16);
     // As float16_to_float.
     const Ints magnitude = (bits & 0x7fff) << 13;
@@ -50,19 +74,21 @@ inline Floats load(const typename Element<dtype>::Type* p) {
 
 template <DType dtype>
 inline void store(typename Element<dtype>::Type* p, Floats v) {
+  const Ints bits = (Ints)v;
   if constexpr (dtype == DType::kFloat32) {
     store(p, v);
   } else if constexpr (dtype == DType::kBFloat16) {
-    const Ints bits = (Ints)v;
-    // An addition that would turn a NaN into something else is undone: those are quiet here.
     const Ints rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    const Ints result = v == v ? rounded : Ints{} + 0x7fc00000;
-    const Halves halves = __builtin_convertvector(result >> 16, Halves);
-    __builtin_memcpy(p, &halves, sizeof halves);
+    narrow(p, (v == v ? rounded >> 16 : Ints{} + 0x7fc0) & 0xffff);
   } else {
-    float lanes[kLanes];
-    store(lanes, v);
-    for (int i = 0; i < kLanes; ++i) p[i] = float_to_float16(lanes[i]);
+    // As float_to_float16.
+    const Ints magnitude = bits & int32_t(kAbsMask);
+    const Ints subnormal = (Ints)((Floats)magnitude + broadcast(0.5f)) - 0x3f000000;
+    const Ints normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const Ints special = magnitude > int32_t(kInfinityBits) ? Ints{} + 0x7e00 : Ints{} + 0x7c00;
+    const Ints finite = magnitude < (113 << 23) ? subnormal : normal;
+    const Ints result = magnitude >= (143 << 23) ? special : finite;
+    narrow(p, result | ((bits >> 16) & 0x8000));
   }
 }
 
@@ -105,12 +131,13 @@ inline float largest_of(Floats v) {
   return reduce<kLanes>(lanes, [](float a, float b) { return a > b ? a : b; });
 }
 
-// 2^x within 2^-23 of it, relatively; exactly 1 at 0, 0 below -126.5, at most 2^127.5; keeps NaN.
+// 2^x within 2^-23 of it, relatively; exactly 1 at 0, 0 below -126.5, infinite above 127.5;
+// keeps NaN.
 //
 // x is the nearest integer plus a rest in [-1/2, 1/2], where a polynomial of degree 6 (minimax
 // under p(0) = 1) is within 2e-9 of 2^rest; the remainder of the bound is its rounding.
 inline Floats exp2(Floats x) {
-  const Floats lowest = broadcast(-127.0f), highest = broadcast(127.0f);
+  const Floats lowest = broadcast(-127.0f), highest = broadcast(128.0f);
   x = x < lowest ? lowest : x;
   x = x > highest ? highest : x;
   const Floats magic = broadcast(0x1.8p23f);  // its unit in the last place is 1
@@ -123,7 +150,7 @@ inline Floats exp2(Floats x) {
   p = multiply_add(p, rest, broadcast(0x1.ebfbdcp-3f));
   p = multiply_add(p, rest, broadcast(0x1.62e430p-1f));
   p = multiply_add(p, rest, broadcast(1.0f));
-  // The integer stands in the low bits of `shifted`; -127 makes a scale of zero.
+  // The integer stands in the low bits of `shifted`; -127 makes a scale of zero, 128 infinity.
   const Ints power = (Ints)shifted - (Ints)magic;
   return p * (Floats)((power + 127) << 23);
 }

@@ -5,6 +5,7 @@
 
 #include "adamw.h"
 #include "attention.h"
+#include "elementwise.h"
 #include "gemm.h"
 #include "matmul.h"
 #include "softmax.h"
@@ -66,6 +67,11 @@ const Kernels kPortable = {
     .attention_forward = portable::attention_forward,
     .attention_delta = portable::attention_delta,
     .attention_backward = portable::attention_backward,
+    .rms_norm = portable::rms_norm,
+    .rms_norm_backward = portable::rms_norm_backward,
+    .rotate = portable::rotate,
+    .gated = portable::gated,
+    .gated_backward = portable::gated_backward,
     .prepared_bytes = portable::Linear::prepared_bytes,
     .prepare = portable::Linear::prepare,
     .linear = portable::Linear::run,
