@@ -6,6 +6,7 @@ from torch import Tensor
 
 from halfbyte.layers import attention
 from halfbyte.layers.attention import AttentionSpec, cached_attention, packed_attention
+from halfbyte.layers.rotary import RotarySpec, inverse_frequencies, rotary_table
 from halfbyte.layers.segments import Segments, lengths, pack
 
 SPECS = [
@@ -73,6 +74,34 @@ def test_packed(spec: AttentionSpec, heads: int, groups: int, counts: list[int])
         assert x.grad is not None
         assert twin.grad is not None
         torch.testing.assert_close(x.grad.double(), twin.grad, rtol=0, atol=2**-17)
+
+
+@pytest.mark.usefixtures("path")
+def test_queries_and_keys_are_turned_first() -> None:
+    segments, spec = pack([9, 4]), AttentionSpec(0.3)
+    frequencies = inverse_frequencies(RotarySpec(100.0), 8)
+    angles = rotary_table(frequencies, segments.positions, 1.25)
+    inputs = [normals(13, h, 8, seed=i).requires_grad_() for i, h in enumerate((6, 2, 2))]
+    twins = [x.detach().double().requires_grad_() for x in inputs]
+
+    def turned(x: Tensor) -> Tensor:
+        pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.complex(*(a.double() for a in angles))
+        return torch.cat((pairs.real, pairs.imag), dim=-1)
+
+    expected = written_out(turned(twins[0]), turned(twins[1]), twins[2], segments, spec)
+    # What the kernel turns in place must not be a leaf that is read again.
+    found = packed_attention(*(x.clone() for x in inputs), segments, spec, angles)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2**-18)
+    upstream = normals(*found.shape, seed=9)
+    found.backward(upstream)
+    expected.backward(upstream.double())
+    for x, twin in zip(inputs, twins, strict=True):
+        assert x.grad is not None
+        assert twin.grad is not None
+        torch.testing.assert_close(x.grad.double(), twin.grad, rtol=0, atol=2**-16)
+    with torch.no_grad():
+        again = packed_attention(*(x.clone() for x in inputs), segments, spec, angles)
+    assert torch.equal(again, found)
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halfbyte.layers.activation import ACTIVATIONS, gated
-from halfbyte.layers.norm import rms_norm
+from halfbyte.layers.norm import add_rms_norm, rms_norm
 from halfbyte.layers.rotary import RotarySpec, inverse_frequencies, rotary_table, rotate
 
 # Unit roundoff of the dtype times the roundings that reach a result: one for the result itself
@@ -54,9 +54,36 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("part", ["both", "sum", "normal"])
+def test_sum_and_norm(dtype: torch.dtype, part: str) -> None:
+    weight = 1 + 0.3 * normals(17, seed=1)
+
+    def chosen(total: Tensor, normal: Tensor) -> Tensor:
+        return {"both": total + normal, "sum": total, "normal": normal}[part]
+
+    def written_out(x: Tensor, update: Tensor, w: Tensor) -> Tensor:
+        total = x + update
+        # The sum is rounded before it is normalized, here as there.
+        total = total + (total.to(dtype).double() - total).detach()
+        return chosen(total, total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w)
+
+    def ours(x: Tensor, update: Tensor, w: Tensor) -> Tensor:
+        # Added in float64: `chosen` must not round a third time.
+        return chosen(*(t.double() for t in add_rms_norm(x, update, w.float(), 1e-5)))
+
+    inputs = [normals(3, 4, 17, dtype=dtype), normals(3, 4, 17, seed=2, dtype=dtype)]
+    if part == "sum":  # the weight has no part in it
+        frozen = weight
+        assert_same_with_gradients(
+            lambda x, u: ours(x, u, frozen), lambda x, u: written_out(x, u, frozen), inputs
+        )
+    else:
+        assert_same_with_gradients(ours, written_out, [*inputs, weight])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_gated_activation(dtype: torch.dtype, name: str) -> None:
-    # The product of two rounded values rounds twice more than the tolerance allows for at 4.
     gate, up = 2 * normals(7, 33, dtype=dtype), normals(7, 33, seed=1, dtype=dtype)
     plain = {
         "silu": functional.silu,
