@@ -8,7 +8,9 @@ import math
 import zlib
 
 import torch
+from torch import Tensor
 
+from halfbyte.adapters.principal import principal_factors
 from halfbyte.adapters.spec import Initialization, LoraShape
 from halfbyte.layers.lora import LoraFactors, fold_seed
 
@@ -21,11 +23,13 @@ def new_factors(
     seed: int,
     init: Initialization = "default",
     dropout: float = 0.0,
+    matrix_OI: Tensor | None = None,
 ) -> LoraFactors:
-    """Trainable factors whose product is zero.
+    """Trainable factors.
 
     `default` draws A uniformly from ±1 / sqrt(I), as PEFT does; `gaussian` from a normal
-    distribution with standard deviation 1 / R. B is zero in both.
+    distribution with standard deviation 1 / R. B is zero in both. With a matrix, `scaling * B A`
+    is its best approximation instead.
 
     Args:
         shape: Rank and scaling.
@@ -34,7 +38,13 @@ def new_factors(
         seed: Of the run.
         init: Distribution of A.
         dropout: Of the adapter's input in training.
+        matrix_OI: For `pissa` and `loftq`: what to approximate.
     """
+    if matrix_OI is not None:
+        a_RI, b_OR = principal_factors(matrix_OI, shape, path=path, seed=seed)
+        return LoraFactors(
+            a_RI.requires_grad_(), b_OR.requires_grad_(), shape.scaling, dropout=dropout
+        )
     num_outputs, num_inputs = features
     generator = torch.Generator().manual_seed(fold_seed(seed, zlib.crc32(path.encode())))
     a_RI = torch.empty(shape.rank, num_inputs)

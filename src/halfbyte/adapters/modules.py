@@ -21,7 +21,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.formats.quantized_tensor import quantize
 from halfbyte.layers.linear import Linear, project
 from halfbyte.layers.lora import LoraFactors, Route, Routing
-from halfbyte.layers.weights import ResidentStore, Weight, WeightRef
+from halfbyte.layers.weights import ResidentStore, Weight, WeightRef, as_tensor
 
 _ADAPTER = "adapter"
 
@@ -190,15 +190,13 @@ def attach(
         FormatError: A weight holds a NaN or an infinity. Nothing is replaced then.
     """
     spec = spec if isinstance(spec, LoraSpec) else LoraSpec.model_validate(spec or {})
+    _require_simple_init(spec, codebook)
     linears = _linears(module)
     shapes = resolve_targets(spec, linears)
     layers = {}
     for path, shape in shapes.items():
         linear = linears[path]
         features = (linear.out_features, linear.in_features)
-        factors = new_factors(
-            shape, features, path=path, seed=seed, init=spec.init, dropout=spec.dropout
-        )
         dense = linear.weight.detach()
         weight: Weight = (
             dense
@@ -207,6 +205,15 @@ def attach(
                 dense, codebook, block_size=block_size, double_quant=double_quant, name=path
             )
         )
+        factors = new_factors(
+            shape,
+            features,
+            path=path,
+            seed=seed,
+            init=spec.init,
+            dropout=spec.dropout,
+            matrix_OI=dense - as_tensor(weight, dense.dtype) if spec.init == "loftq" else None,
+        )
         bias = None if linear.bias is None else linear.bias.detach()
         layers[path] = AdaptedLinear(path, weight, bias, factors).to(linear.weight.device)
     module.requires_grad_(requires_grad=False)
@@ -214,6 +221,19 @@ def attach(
         parent, _, name = path.rpartition(".")
         setattr(module.get_submodule(parent), name, layer.train(module.training))
     return AttachedAdapter(spec, shapes, layers, tuple(linears))
+
+
+def _require_simple_init(spec: LoraSpec, codebook: str | None) -> None:
+    if spec.init == "pissa":
+        raise ConfigError(
+            "lora.init pissa: a layer of `attach` has one adapter, and pissa needs a second one to "
+            "subtract",
+            hint="`halfbyte.train` can; here there are default, gaussian and loftq.",
+        )
+    if spec.init == "loftq" and codebook is None:
+        raise ConfigError("lora.init loftq: without a codebook there is no quantization error")
+    if spec.init_weights is not None:
+        raise ConfigError("lora.init_weights: `attach` has the weights; expected none")
 
 
 def _summary(update: LoraShape | LoraUpdate | None) -> str:

@@ -18,7 +18,7 @@ ALL_LINEAR = "all-linear"
 
 Value = TypeVar("Value")
 
-Initialization = Literal["default", "gaussian"]
+Initialization = Literal["default", "gaussian", "pissa", "loftq"]
 
 
 class LoraSpec(BaseModel):
@@ -44,7 +44,13 @@ class LoraSpec(BaseModel):
     use_rslora: bool = False
     """Rank-stabilised scaling, arXiv:2312.03732."""
     init: Initialization = "default"
-    """How A starts, uniform or normal. B starts at zero, so the adapted model is the base."""
+    """How the factors start. `default` and `gaussian`: A uniform or normal, B zero. `pissa`: as
+    the principal components of the weight, which are subtracted from it again, so that the model
+    starts as the base, too. `loftq`: as the largest part of what quantizing took away from the
+    weights in `init_weights`, so that the model starts closer to them than the base is."""
+    init_weights: str | None = None
+    """The model that the base was quantized from: a directory, a GGUF file or a hub id. Needed by
+    `loftq`, and by nothing else."""
 
 
 @dataclass(frozen=True, slots=True)

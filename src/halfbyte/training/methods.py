@@ -48,6 +48,11 @@ class TrainedModel:
         """What autograd sees in the place of some parameters."""
         return {} if self.store is None else self.store.stand_ins
 
+    @property
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: what is trained, and what is subtracted from it."""
+        return self.parameters | ({} if self.adapter is None else self.adapter.subtracted)
+
     def refresh(self) -> None:
         """Let the decoder see what changed in the parameters."""
         if self.store is not None:

@@ -180,6 +180,8 @@ def _with_absolute_paths(config: Config) -> Config:
     lora = config.lora
     if lora.on_top_of is not None:
         lora = lora.model_copy(update={"on_top_of": str(Path(lora.on_top_of).absolute())})
+    if lora.init_weights is not None and Path(lora.init_weights).exists():  # else it is a hub id
+        lora = lora.model_copy(update={"init_weights": str(Path(lora.init_weights).absolute())})
     optimizer = config.optimizer
     if optimizer.directory is not None:
         absolute = str(Path(optimizer.directory).absolute())

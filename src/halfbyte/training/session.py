@@ -90,7 +90,7 @@ class Session:
         """
         return Checkpoint(
             step=self.counters.step,
-            trained={name: tensor.detach() for name, tensor in self.model.parameters.items()},
+            trained={name: tensor.detach() for name, tensor in self.model.saved.items()},
             optimizer=self.optimizer.state_tensors(),
             state={
                 "counters": asdict(self.counters),
@@ -175,7 +175,7 @@ def count_steps(config: Config, stream: StepStream) -> int:
 def _restore(
     session: Session, checkpoint: Checkpoint, data: RunData, options: PackingOptions
 ) -> None:
-    parameters = session.model.parameters
+    parameters = session.model.saved
     _require_same_parameters(session, checkpoint)
     if checkpoint.state.get(ON_TOP_OF, []) != session.fingerprints_below:
         raise VerificationError(
@@ -204,7 +204,7 @@ def _restore(
 
 
 def _require_same_parameters(session: Session, checkpoint: Checkpoint) -> None:
-    ours = {name: list(tensor.shape) for name, tensor in session.model.parameters.items()}
+    ours = {name: list(tensor.shape) for name, tensor in session.model.saved.items()}
     theirs = {name: list(tensor.shape) for name, tensor in checkpoint.trained.items()}
     problems = [
         f"{name}: {ours.get(name, 'absent')} here, {theirs.get(name, 'absent')} in the checkpoint"
