@@ -20,8 +20,8 @@ _HOMES = {
     "optim": "halfbyte.optim",
     "quantize": "halfbyte.formats.quantized_tensor",
     "quantize_model": "halfbyte.models.quantize_model",
-    "resume": "halfbyte.training.run",
-    "train": "halfbyte.training.api",
+    "resume": "halfbyte.composition.runs",
+    "train": "halfbyte.composition.runs",
     "unmerge": "halfbyte.composition.unmerge",
 }
 """Public name -> the module that defines it, or is it, imported when the name is first used."""
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from halfbyte.adapters.modules import attach as attach
     from halfbyte.composition.compose import compose as compose
     from halfbyte.composition.merge import merge as merge
+    from halfbyte.composition.runs import resume as resume
+    from halfbyte.composition.runs import train as train
     from halfbyte.composition.unmerge import unmerge as unmerge
     from halfbyte.errors import HalfbyteError as HalfbyteError
     from halfbyte.formats.double_quantization import DoubleQuantized as DoubleQuantized
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
     from halfbyte.generation.model import load as load
     from halfbyte.kernels.linear import linear as linear
     from halfbyte.models.quantize_model import quantize_model as quantize_model
-    from halfbyte.training.api import train as train
-    from halfbyte.training.run import resume as resume
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  (PEP 562 fixes the signature)

@@ -7,7 +7,7 @@ import typer
 
 from halfbyte.cli.output import current_output
 from halfbyte.cli.parsing import example, new_app
-from halfbyte.cli.run_view import finish, watch
+from halfbyte.cli.run_view import finish, finish_merge, watch
 
 app = new_app()
 
@@ -24,3 +24,4 @@ def resume(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> N
     with watch(current_output()) as observer:
         result = take_up(run, observer)
     finish(current_output(), result)
+    finish_merge(current_output(), result)

@@ -152,6 +152,16 @@ def finish(output: Output, result: "RunResult") -> None:
     output.text(f"curve: {result.directory / 'loss.png'}")
 
 
+def finish_merge(output: Output, result: "RunResult") -> None:
+    """Write the standalone model that `output.merge` asks for, and say where it is."""
+    from halfbyte.composition.runs import merge_result
+
+    merged = merge_result(result).merged
+    if merged is not None:
+        output.text(f"merged: {merged}")
+        output.emit({"event": "merged", "merged": str(merged)})
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 

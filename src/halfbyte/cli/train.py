@@ -7,7 +7,7 @@ import typer
 
 from halfbyte.cli.output import current_output
 from halfbyte.cli.parsing import example, new_app
-from halfbyte.cli.run_view import finish, watch
+from halfbyte.cli.run_view import finish, finish_merge, watch
 
 if TYPE_CHECKING:
     from halfbyte.training.config import Config
@@ -58,6 +58,7 @@ def train(
     with watch(current_output()) as observer:
         result = start(config, observer)
     finish(current_output(), result)
+    finish_merge(current_output(), result)
 
 
 def _config(arguments: list[str], flags: dict[str, str | None]) -> "Config":

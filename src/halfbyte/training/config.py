@@ -170,6 +170,9 @@ class OutputSection(Section):
 
     dir: str
     """The run directory."""
+    merge: Literal["none", "bf16", "nf4"] = "none"
+    """Also write a standalone model, in `merged`: the base with the adapter added to it. With
+    `nf4` its codes are chosen on the training data."""
     report_to: list[ReportName] = Field(default_factory=list)
     """Also report to TensorBoard (files in the run directory) or Weights & Biases (offline unless
     WANDB_MODE says otherwise). Both are optional packages; their failures never stop a run."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.errors import MissingFileError, StorageError
+from halfbyte.errors import ConfigError, MissingFileError, StorageError
 from halfbyte.kernels.backends import cpu_isa
 from halfbyte.storage.lock import lock_directory
 from halfbyte.text.tokenizer import Tokenizer
@@ -39,11 +39,13 @@ class RunResult:
         directory: Of the run.
         outcome: Why it ended, after which step, how well.
         result: The adapter or model directory; None when the run was stopped before its end.
+        merged: The base with the adapter in it, if `output.merge` asked for it.
     """
 
     directory: Path
     outcome: Outcome
     result: Path | None
+    merged: Path | None = None
 
 
 def train(config: Config, observer: Observer | None = None) -> RunResult:
@@ -86,6 +88,7 @@ def resume(directory: str | Path, observer: Observer | None = None) -> RunResult
 @contextlib.contextmanager
 def _opened(config: Config, directory: Path) -> Iterator[tuple[Tokenizer, RunData, TrainedModel]]:
     """All inputs, checked before the run directory is touched; then the directory, locked."""
+    _require_mergeable(config)
     tokenizer = Tokenizer.load(config.model)
     model = open_trained_model(config)
     data = open_run_data(config, tokenizer)
@@ -167,6 +170,21 @@ def _summary(session: Session, data: RunData) -> dict[str, object]:
         "notices": list(data.notices),
         "checkpoints": [str(path) for path in list_checkpoints(session.directory)],
     }
+
+
+def _require_mergeable(config: Config) -> None:
+    wanted = config.output.merge
+    if wanted == "none":
+        return
+    if config.training.method == "full":
+        raise ConfigError(
+            f"output.merge {wanted}: an adapter expected; training.method full leaves a model"
+        )
+    if config.lora.on_top_of is not None:
+        raise ConfigError(
+            f"output.merge {wanted}: lora.on_top_of leaves an adapter for a base with another one",
+            hint="`halfbyte compose` makes one adapter of both, and `halfbyte merge` a model.",
+        )
 
 
 def _with_absolute_paths(config: Config) -> Config:
