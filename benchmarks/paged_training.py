@@ -212,13 +212,10 @@ def measure_memory(arguments: argparse.Namespace) -> None:
 
 def measure_limited(arguments: argparse.Namespace) -> None:
     """Under a limit of what else the run needs and the budget."""
-    found = json.loads(child(arguments, "adamw").stdout)
-    rest = found["private"] - found["held"]
+    found = json.loads(child(arguments, "paged_adamw").stdout)
+    rest = found["private"] - found["held"]  # the largest gradient is whole for a moment: it counts
     limit = rest + arguments.budget * MB
-    print(
-        f"resident: {found['private'] / MB:.0f} MB, of it {found['held'] / MB:.0f} MB of state and"
-    )
-    print(f"gradients; limit: {rest / MB:.0f} MB + {arguments.budget} MB = {limit / MB:.0f} MB")
+    print(f"limit: {rest / MB:.0f} MB + {arguments.budget} MB = {limit / MB:.0f} MB")
     group = GROUPS / f"halfbyte-{os.getpid()}"
     group.mkdir()
     try:
