@@ -8,6 +8,7 @@ operator imports this package first. `kernels.backends` says what is in use and 
 from halfbyte.kernels import attention as attention
 from halfbyte.kernels import backends
 from halfbyte.kernels import cross_entropy as cross_entropy
+from halfbyte.kernels import decode as decode
 from halfbyte.kernels import elementwise as elementwise
 from halfbyte.kernels import gemm as gemm
 from halfbyte.kernels.linear import linear, linear_input_gradient

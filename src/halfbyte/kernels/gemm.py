@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import backends
+from halfbyte.kernels.decode import linear_rows
 
 FEW_ROWS = 8
-"""Packing the other factor pays from here on; below, PyTorch's matrix-vector products serve."""
+"""Packing the other factor pays from here on; below, it is read as it stands."""
 
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define(
@@ -73,6 +74,8 @@ def matmul(
         c_MN = b_KN.new_empty((a_MK.shape[0], b_KN.shape[1]), dtype=dtype)
         _matmul_into_(c_MN, a_MK, b_KN, bias_N, 1.0, 0.0)
         return c_MN
+    if _is_few_rows(a_MK, b_KN, dtype):
+        return linear_rows(a_MK, b_KN.T, bias_N)  # type: ignore[no-any-return]
     if bias_N is not None:
         return torch.addmm(bias_N.to(b_KN.dtype), a_MK.to(b_KN.dtype), b_KN).to(dtype)
     return (a_MK.to(b_KN.dtype) @ b_KN).to(dtype)
@@ -102,6 +105,17 @@ def matmul_into_(c_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
         b_KN: As in `matmul`.
     """
     _matmul_into_(c_MN, a_MK, b_KN, None, 1.0, 0.0)
+
+
+def _is_few_rows(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the product is one of few rows with a weight `[N, K]` that is read row by row."""
+    return (
+        a_MK.shape[0] < FEW_ROWS
+        and a_MK.dtype == b_KN.dtype == dtype
+        and a_MK.device.type == "cpu"
+        and b_KN.stride(0) == 1
+        and b_KN.dtype in backends.gemm_dtypes()
+    )
 
 
 def multiplied_here(a_MK: Tensor, b_KN: Tensor) -> bool:

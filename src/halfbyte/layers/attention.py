@@ -1,8 +1,7 @@
 """Causal attention over packed segments, with grouped heads, windows and a ragged cache.
 
 Two entrances: `packed_attention` when all keys are in the batch, `cached_attention` when earlier
-keys are in a cache. On a CPU with native kernels both run those, but for single queries; elsewhere,
-and for single queries, PyTorch's attention.
+keys are in a cache. On a CPU with native kernels both run those, elsewhere PyTorch's attention.
 
 Dimension key:
     T  tokens, packed         H  query heads
@@ -21,6 +20,7 @@ from torch.nn import functional
 from halfbyte.kernels import backends
 from halfbyte.kernels.attention import attention as kernel
 from halfbyte.kernels.attention import attention_backward as kernel_backward
+from halfbyte.kernels.decode import single_query_attention
 from halfbyte.layers.autograd import Context, apply
 from halfbyte.layers.rotary import Angles, rotate, rotate_
 from halfbyte.layers.segments import Segments
@@ -226,6 +226,10 @@ def _attend_capped(
 def _one_query(q_1HD: Tensor, k_GSD: Tensor, v_GSD: Tensor, spec: AttentionSpec) -> Tensor:
     """The query heads of a group see the same keys, so they are queries of one head here."""
     _, num_heads, head_dim = q_1HD.shape
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q_1HD, k_GSD, v_GSD))
+    if _has_kernel(q_1HD) and not wanted:
+        q_HD = q_1HD[0].contiguous()
+        return single_query_attention(q_HD, k_GSD, v_GSD, spec.scale, spec.softcap)[None]  # type: ignore[no-any-return]
     if spec.softcap is not None:
         mask = torch.ones(1, k_GSD.shape[1], dtype=torch.bool, device=q_1HD.device)
         return _attend(q_1HD, k_GSD, v_GSD, mask, spec)

@@ -14,6 +14,8 @@
 // (after the target, so that the loops are compiled for it)
 #include "adamw.h"
 #include "attention.h"
+#include "avx2_rows.h"
+#include "decode.h"
 #include "elementwise.h"
 #include "gemm.h"
 #include "matmul.h"
@@ -166,8 +168,10 @@ const Kernels kAvx2 = {
     .gated = avx2::gated,
     .gated_backward = avx2::gated_backward,
     .prepared_bytes = avx2::Linear::prepared_bytes,
-    .prepare = avx2::Linear::prepare,
-    .linear = avx2::Linear::run,
+    .prepare = avx2::Rows<avx2::Linear>::prepare,
+    .linear = avx2::Rows<avx2::Linear>::run,
+    .dense_rows = avx2::dense_rows,
+    .single_query = avx2::single_query,
     .cross_entropy = avx2::cross_entropy,
     .gemm_pack_rows = avx2::gemm_pack_rows,
     .gemm_pack_columns = avx2::gemm_pack_columns,

@@ -18,6 +18,7 @@
 #include "adamw.h"
 #include "attention.h"
 #include "avx512.h"
+#include "decode.h"
 #include "elementwise.h"
 #include "gemm.h"
 #include "kernels.h"
@@ -225,6 +226,8 @@ const Kernels kAvx512Bf16 = {
     .prepared_bytes = avx512::prepared_bytes,
     .prepare = avx512::prepare,
     .linear = avx512::linear,
+    .dense_rows = avx512::dense_rows,
+    .single_query = avx512::single_query,
     .cross_entropy = avx512::cross_entropy,
     .gemm_pack_rows = avx512::gemm_pack_rows,
     .gemm_pack_columns = avx512::gemm_pack_columns,

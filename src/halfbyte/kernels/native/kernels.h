@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention_types.h"
+#include "decode_types.h"
 #include "elementwise_types.h"
 #include "gemm_types.h"
 #include "types.h"
@@ -63,6 +64,11 @@ struct Kernels {
                   int64_t begin, int64_t end, void* prepared);
   void (*linear)(const Quantized& weight, const LinearShape& shape, DType dtype,
                  const void* prepared, int64_t begin, int64_t end, const void* bias, void* y);
+
+  // For a step of decoding: outputs [begin, end) of few rows times a dense weight, and the query
+  // heads of one key-value head over all keys: decode_types.h.
+  void (*dense_rows)(const DenseRows& product, int64_t begin, int64_t end);
+  void (*single_query)(const SingleQuery& attention, int64_t group, float* scratch);
 
   // Rows [begin, end) of logits [., classes]: their losses, and gradients in place of the logits.
   void (*cross_entropy)(float* logits, const int64_t* targets, int64_t begin, int64_t end,

@@ -5,6 +5,7 @@
 
 #include "adamw.h"
 #include "attention.h"
+#include "decode.h"
 #include "elementwise.h"
 #include "gemm.h"
 #include "matmul.h"
@@ -75,6 +76,8 @@ const Kernels kPortable = {
     .prepared_bytes = portable::Linear::prepared_bytes,
     .prepare = portable::Linear::prepare,
     .linear = portable::Linear::run,
+    .dense_rows = portable::dense_rows,
+    .single_query = portable::single_query,
     .cross_entropy = portable::cross_entropy,
     .gemm_pack_rows = portable::gemm_pack_rows,
     .gemm_pack_columns = portable::gemm_pack_columns,
