@@ -10,7 +10,7 @@ from halfbyte.data.batch import build_batch
 from halfbyte.layers.cross_entropy import linear_cross_entropy
 from halfbyte.optim.accumulators import ResidentAccumulator
 from halfbyte.text.tokenizer import Tokenizer
-from halfbyte.training.methods import TrainedModel, open_trained_model
+from halfbyte.training.methods import TrainedModel, attach_trained, open_base
 from halfbyte.training.run_data import RunData, open_run_data
 from halfbyte.training.step import Gradients, compute_gradients
 from training.tiny_run import make_config
@@ -24,7 +24,7 @@ DOCUMENTS = list(range(8))
 
 def opened(tmp_path: Path, *assignments: str) -> tuple[TrainedModel, RunData]:
     config = make_config(tmp_path, *assignments)
-    model = open_trained_model(config)
+    model = attach_trained(open_base(config), config)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():  # B starts at zero, which would hide the gradients of A
         for name, parameter in model.parameters.items():

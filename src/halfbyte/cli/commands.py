@@ -29,6 +29,9 @@ COMMANDS: dict[str, Command] = {
     "data": Command(
         "halfbyte.cli.data", "Check what a model will be trained on; show a row with its loss."
     ),
+    "plan": Command(
+        "halfbyte.cli.plan", "Predict memory, disk and time of a run before it starts."
+    ),
     "train": Command("halfbyte.cli.train", "Fine-tune a model on a data file."),
     "resume": Command("halfbyte.cli.resume", "Continue a run where it stopped."),
     "stack": Command(

@@ -31,6 +31,7 @@ class RunView:
         self._live = live
         self._num_steps = 0
         self._first_step = 1
+        self._planned = ""
         self._begin = self._last_line = time.monotonic()
 
     def started(self, summary: Record) -> None:
@@ -48,6 +49,10 @@ class RunView:
             f"steps {self._first_step} to {self._num_steps}; micro-batches of at most "
             f"{summary['micro_batch_tokens']:,} tokens; {summary['recompute']} layers recomputed"
         )
+        if (planned := summary["planned_bytes"]) is None:
+            self._note("memory is not planned: there is no memory.budget")
+        else:
+            self._planned = f" of {format_bytes(planned)} planned"
         for notice in summary["notices"]:
             self._note(f"note: {notice}")
         self._output.emit({"event": "started", **summary})
@@ -94,10 +99,10 @@ class RunView:
             "not finite" if record[key] is None else f"{record[key]:.4f}"
             for key in ("loss", "grad_norm")
         )
+        peak = f"peak {format_bytes(record['peak_bytes'])}{self._planned}"
         return (
             f"step {step}/{self._num_steps}  loss {loss}  grad norm {norm}  "
-            f"{record['tokens_per_second']:,.0f} tok/s  "
-            f"peak {format_bytes(record['peak_bytes'])}  {_duration(left)} left"
+            f"{record['tokens_per_second']:,.0f} tok/s  {peak}  {format_duration(left)} left"
         )
 
     def _note(self, text: str) -> None:
@@ -176,7 +181,8 @@ def _paging(stats: "PoolStats") -> str:
     )
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as in `1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

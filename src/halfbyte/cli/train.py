@@ -1,16 +1,14 @@
 """`halfbyte train`: from a config, or from a few options, to a trained adapter."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from halfbyte.cli.output import current_output
 from halfbyte.cli.parsing import example, new_app
+from halfbyte.cli.run_config import read_run_config
 from halfbyte.cli.run_view import finish, finish_merge, watch
-
-if TYPE_CHECKING:
-    from halfbyte.training.config import Config
 
 app = new_app()
 
@@ -52,19 +50,10 @@ def train(
         "output.dir": None if out is None else str(out),
         "lora.on_top_of": on_top_of,
     }
-    config = _config(arguments or [], flags)
+    config = read_run_config(arguments or [], flags)
     from halfbyte.training.run import train as start
 
     with watch(current_output()) as observer:
         result = start(config, observer)
     finish(current_output(), result)
     finish_merge(current_output(), result)
-
-
-def _config(arguments: list[str], flags: dict[str, str | None]) -> "Config":
-    from halfbyte.training.config_file import load_config
-
-    file = None
-    if arguments and "=" not in arguments[0]:
-        file, arguments = arguments[0], arguments[1:]
-    return load_config(file, arguments, flags)

@@ -160,9 +160,13 @@ class OptimizerSection(Section):
 class MemorySection(Section):
     """What a run may use."""
 
-    recompute: Literal["none", "all"] = "none"
-    """Whether layers compute their activations again in the backward pass instead of keeping
-    them: a third more arithmetic for a fraction of the memory."""
+    budget: Bytes | None = None
+    """Most resident memory of the whole process, such as 2GB. The run is planned with a short
+    probe and refused if it does not fit; without a budget nothing is measured before the start."""
+    recompute: Literal["none", "auto", "all"] = "none"
+    """Which layers compute their activations again in the backward pass instead of keeping
+    them: a third more arithmetic for a fraction of the memory. `auto` takes the fewest that fit
+    `budget`, or without one the memory that is left."""
 
 
 class OutputSection(Section):

@@ -11,7 +11,7 @@ from halfbyte.adapters.peft_files import write_adapter
 from halfbyte.adapters.stack import ON_TOP_OF, Stack, StackPart
 from halfbyte.adapters.stack_files import write_stack
 from halfbyte.errors import MissingFileError
-from halfbyte.formats.safetensors_writer import write_safetensors
+from halfbyte.formats.safetensors_writer import SafetensorsWriter, TensorSpec
 from halfbyte.models.record import RECORD
 from halfbyte.storage.atomic import new_directory
 from halfbyte.storage.json_file import read_json_object
@@ -91,8 +91,11 @@ def _write_model(
         for name in _COMPANIONS:
             if (base / name).is_file():
                 (directory / name).write_bytes((base / name).read_bytes())
-        weights = {name: tensor.detach().to(dtype) for name, tensor in model.parameters.items()}
-        write_safetensors(directory / "model.safetensors", weights, metadata={"format": "pt"})
+        specs = {n: TensorSpec(dtype, tuple(t.shape)) for n, t in model.parameters.items()}
+        path = directory / "model.safetensors"
+        with SafetensorsWriter.open(path, specs, metadata={"format": "pt"}) as writer:
+            for name, tensor in model.parameters.items():  # cast one at a time
+                writer.write(name, tensor.detach().to(dtype))
         text = json.dumps(dict(origin), indent=2, sort_keys=True) + "\n"
         (directory / "provenance.json").write_text(text)
     return target

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.adapters.attaching import attach_adapter
+from halfbyte.adapters.spec import resolve_targets
 from halfbyte.adapters.stack import Stack
 from halfbyte.adapters.stack_files import load_parts
 from halfbyte.adapters.training import TrainableAdapter, attach_new_adapter
@@ -59,29 +60,40 @@ class TrainedModel:
             self.store.refresh()
 
 
-def open_trained_model(config: Config) -> TrainedModel:
-    """Open the base of a run and attach what its method trains.
+def open_base(config: Config) -> Decoder:
+    """Open the base of a run, mapped, and check that what the run trains fits it.
 
     Raises:
         ConfigError: The model's storage does not fit the method, or `lora` not the model.
-        MissingFileError: There is no such model or adapter.
-        FormatError: The model directory, or the adapter below, is damaged or does not fit.
-        VerificationError: The adapter below was trained on another base.
+        MissingFileError: There is no such model.
+        FormatError: The model directory is damaged.
     """
-    method = config.training.method
     compute_dtype = COMPUTE_DTYPES[config.training.compute_dtype]
     decoder = load_decoder(Path(config.model), compute_dtype=compute_dtype)
     _require_storage(decoder, config)
-    if method == "full":
-        weights = {ref.name: decoder.store.acquire(ref) for ref in layout_of(decoder.config).refs()}
-        store = TrainableStore(weights, compute_dtype)
-        trained = Decoder(decoder.config, store, compute_dtype=compute_dtype)
+    if config.training.method != "full":
+        resolve_targets(config.lora, decoder.linears)
+    return decoder
+
+
+def attach_trained(base: Decoder, config: Config) -> TrainedModel:
+    """Make what the method trains. From here on memory is taken: `full` copies all weights.
+
+    Raises:
+        MissingFileError: There is no such adapter below.
+        FormatError: The adapter below is damaged or does not fit.
+        VerificationError: The adapter below was trained on another base.
+    """
+    if config.training.method == "full":
+        weights = {ref.name: base.store.acquire(ref) for ref in layout_of(base.config).refs()}
+        store = TrainableStore(weights, base.compute_dtype)
+        trained = Decoder(base.config, store, compute_dtype=base.compute_dtype)
         return TrainedModel(trained, store.masters, None, store)
-    below = _attach_below(decoder, config)
+    below = _attach_below(base, config)
     adapter = attach_new_adapter(
-        decoder, config.lora, config.training.seed, below=() if below is None else (BELOW,)
+        base, config.lora, config.training.seed, below=() if below is None else (BELOW,)
     )
-    return TrainedModel(decoder, adapter.parameters, adapter, None, below)
+    return TrainedModel(base, adapter.parameters, adapter, None, below)
 
 
 def _attach_below(decoder: Decoder, config: Config) -> Stack | None:

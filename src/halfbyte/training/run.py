@@ -9,6 +9,7 @@ import torch
 
 from halfbyte.errors import ConfigError, MissingFileError, StorageError
 from halfbyte.kernels.backends import cpu_isa
+from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.storage.lock import lock_directory
 from halfbyte.text.tokenizer import Tokenizer
 from halfbyte.training.checkpoint import list_checkpoints, newest_valid
@@ -19,8 +20,9 @@ from halfbyte.training.config_file import load_config, write_config
 from halfbyte.training.export import export_result, provenance
 from halfbyte.training.interruption import listen_for_stop
 from halfbyte.training.loss_plot import plot_losses
-from halfbyte.training.methods import TrainedModel, open_trained_model
+from halfbyte.training.methods import TrainedModel, attach_trained, open_base
 from halfbyte.training.metrics import METRICS_FILE
+from halfbyte.training.plan import Plan, planned_peak
 from halfbyte.training.progress import Observer, Silent
 from halfbyte.training.reports import Reports
 from halfbyte.training.run_data import RunData, open_run_data
@@ -54,6 +56,7 @@ def train(config: Config, observer: Observer | None = None) -> RunResult:
     Raises:
         StorageError: The run directory holds a run already, or is in use, or the disk is full.
         ConfigError, DataError, FormatError, MissingFileError: Before any compute.
+        DoesNotFitError: Memory or disk are not enough; the run directory is untouched.
         TrainingError: A step was not finite and `training.on_nan` is `stop`.
     """
     directory = Path(config.output.dir)
@@ -63,9 +66,9 @@ def train(config: Config, observer: Observer | None = None) -> RunResult:
             hint=f"Continue it: halfbyte resume {directory}. Or choose another output.dir.",
         )
     config = _with_absolute_paths(config)
-    with _opened(config, directory) as (tokenizer, data, model):
+    with _opened(config, directory) as opened:
         write_config(config, directory / CONFIG_FILE)
-        return _finish(_begin(config, directory, model, data), tokenizer, data, observer)
+        return _finish(_begin(config, directory, opened), opened, observer)
 
 
 def resume(directory: str | Path, observer: Observer | None = None) -> RunResult:
@@ -80,35 +83,48 @@ def resume(directory: str | Path, observer: Observer | None = None) -> RunResult
     if not (directory / CONFIG_FILE).is_file():
         raise MissingFileError(f"{directory}: no run is here: it has no {CONFIG_FILE}")
     config = load_config(directory / CONFIG_FILE)
-    with _opened(config, directory) as (tokenizer, data, model):
-        session = _begin(config, directory, model, data, observer or Silent())
-        return _finish(session, tokenizer, data, observer)
+    with _opened(config, directory) as opened:
+        session = _begin(config, directory, opened, observer or Silent())
+        return _finish(session, opened, observer)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Opened:
+    """Inputs of a run, and what was decided from them."""
+
+    tokenizer: Tokenizer
+    data: RunData
+    model: TrainedModel
+    choices: Choices
+    plan: Plan | None
 
 
 @contextlib.contextmanager
-def _opened(config: Config, directory: Path) -> Iterator[tuple[Tokenizer, RunData, TrainedModel]]:
+def _opened(config: Config, directory: Path) -> Iterator[_Opened]:
     """All inputs, checked before the run directory is touched; then the directory, locked."""
     _require_mergeable(config)
     tokenizer = Tokenizer.load(config.model)
-    model = open_trained_model(config)
+    base = open_base(config)
     data = open_run_data(config, tokenizer)
+    choices, plan = Choices.read(directory), None
+    if choices is None:
+        choices, plan = choose(config, base, data)
+    return_freed_memory()
+    model = attach_trained(base, config)
     directory.mkdir(parents=True, exist_ok=True)
     with lock_directory(directory):
         if config.optimizer.paged:
             paging_directory(config, directory)
-        yield tokenizer, data, model
+        yield _Opened(tokenizer, data, model, choices, plan)
 
 
 def _begin(
-    config: Config,
-    directory: Path,
-    model: TrainedModel,
-    data: RunData,
-    observer: Observer | None = None,
+    config: Config, directory: Path, opened: _Opened, observer: Observer | None = None
 ) -> Session:
-    choices = Choices.read(directory)
-    if choices is None:
-        choices = choose(config, model, data)
+    choices = opened.choices
+    if Choices.read(directory) is None:
+        if opened.plan is not None:
+            opened.plan.write(directory)
         choices.write(directory)
     torch.set_num_threads(choices.num_threads)
     checkpoint, skipped = newest_valid(directory)
@@ -122,12 +138,11 @@ def _begin(
                 f"begun with {choices.kernels} kernels, going on with {cpu_isa()}: "
                 "results will differ from an uninterrupted run by rounding"
             )
-    return open_session(config, directory, model, data, choices, checkpoint)
+    return open_session(config, directory, opened.model, opened.data, choices, checkpoint)
 
 
-def _finish(
-    session: Session, tokenizer: Tokenizer, data: RunData, observer: Observer | None
-) -> RunResult:
+def _finish(session: Session, opened: _Opened, observer: Observer | None) -> RunResult:
+    tokenizer, data = opened.tokenizer, opened.data
     session.samples = _samples(session, tokenizer)
     reports = Reports(observer or Silent(), session.config)
     with contextlib.closing(reports), listen_for_stop() as stop:
@@ -167,6 +182,7 @@ def _summary(session: Session, data: RunData) -> dict[str, object]:
         "num_steps": session.schedule.num_steps,
         "micro_batch_tokens": session.choices.micro_batch_tokens,
         "recompute": session.choices.recompute,
+        "planned_bytes": planned_peak(session.directory),
         "notices": list(data.notices),
         "checkpoints": [str(path) for path in list_checkpoints(session.directory)],
     }

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from halfbyte.adapters.stack import ON_TOP_OF
 from halfbyte.data.dataset import Dataset
 from halfbyte.data.packing import PackingOptions
-from halfbyte.data.steps import StepStream
+from halfbyte.data.steps import Step, StepStream
 from halfbyte.errors import FormatError, VerificationError
 from halfbyte.memory.tiers import on_disk
 from halfbyte.optim.accumulators import Accumulator
@@ -20,9 +21,34 @@ from halfbyte.training.choices import Choices
 from halfbyte.training.config import Config
 from halfbyte.training.loss_scale import LossScale
 from halfbyte.training.methods import TrainedModel
-from halfbyte.training.run_data import RunData
 from halfbyte.training.samples import Samples
 from halfbyte.training.schedule import Schedule
+
+
+class Documents(Protocol):
+    """What a session needs of its data: `RunData`, or what a probe makes up."""
+
+    @property
+    def train(self) -> Dataset:
+        """Documents to learn from."""
+        ...
+
+    @property
+    def held_out(self) -> Dataset | None:
+        """Documents to evaluate on."""
+        ...
+
+
+class StepSource(Protocol):
+    """Steps one after the other, and where they stand: a `StepStream`, or what a probe makes up."""
+
+    def __next__(self) -> Step:
+        """The next step."""
+        ...
+
+    def state(self) -> dict[str, int | str]:
+        """The position behind it."""
+        ...
 
 
 @dataclass(slots=True)
@@ -68,7 +94,7 @@ class Session:
     model: TrainedModel
     optimizer: StatefulOptimizer
     accumulator: Accumulator
-    stream: StepStream
+    stream: StepSource
     held_out: Dataset | None
     schedule: Schedule
     choices: Choices
@@ -105,7 +131,7 @@ def open_session(
     config: Config,
     directory: Path,
     model: TrainedModel,
-    data: RunData,
+    data: Documents,
     choices: Choices,
     checkpoint: Checkpoint | None = None,
 ) -> Session:
@@ -173,7 +199,7 @@ def count_steps(config: Config, stream: StepStream) -> int:
 
 
 def _restore(
-    session: Session, checkpoint: Checkpoint, data: RunData, options: PackingOptions
+    session: Session, checkpoint: Checkpoint, data: Documents, options: PackingOptions
 ) -> None:
     parameters = session.model.saved
     _require_same_parameters(session, checkpoint)

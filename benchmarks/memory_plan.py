@@ -1,0 +1,221 @@
+"""Whether runs take the memory that was predicted.
+
+Measured <= predicted <= measured + max(5 %, 30 MB).
+
+    python benchmarks/memory_plan.py SMOLLM2_NF4 SMOLLM2_BF16 GEMMA3_NF4 [--only NAME ...]
+
+Every case is a whole `halfbyte train`, from reading the data to writing the adapter, in a process
+of its own; its peak is the maximum resident set size that the kernel reports to the parent. The
+prediction is the one that the run itself made before its first step. Prints a table, writes
+`benchmarks/results/memory_plan.json`, and fails when a case breaks the promise.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks import harness
+
+MEGABYTE = 10**6
+
+# A process inherits the peak of the one that starts it; this one is small.
+LAUNCHER = """
+import os, subprocess, sys
+_, status, usage = os.wait4(subprocess.Popen(sys.argv[1:], stdout=2).pid, 0)
+print(status, usage.ru_maxrss * 1024)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A configuration.
+
+    Attributes:
+        name: For the table.
+        model: `smollm2-nf4`, `smollm2-bf16` or `gemma3-nf4`.
+        settings: What differs from the defaults.
+    """
+
+    name: str
+    model: str
+    settings: tuple[str, ...]
+
+
+FP32 = "training.compute_dtype=fp32"
+CASES = (
+    Case("qlora, 512 tokens", "smollm2-nf4", (FP32, "training.micro_batch_tokens=512")),
+    Case("qlora, 1024 tokens", "smollm2-nf4", (FP32, "training.micro_batch_tokens=1024")),
+    Case("qlora, bf16", "smollm2-nf4", ("training.micro_batch_tokens=512",)),
+    Case(
+        "qlora, all recomputed",
+        "smollm2-nf4",
+        (FP32, "training.micro_batch_tokens=768", "memory.recompute=all"),
+    ),
+    Case(
+        "qlora, some recomputed",
+        "smollm2-nf4",
+        (FP32, "training.micro_batch_tokens=768", "memory.recompute=auto", "memory.budget=1GB"),
+    ),
+    Case(
+        "qlora, rank 128",
+        "smollm2-nf4",
+        (FP32, "training.micro_batch_tokens=512", "lora.rank=128", "memory.recompute=all"),
+    ),
+    Case(
+        "qlora, rank 128, 8-bit state",
+        "smollm2-nf4",
+        (FP32, "training.micro_batch_tokens=512", "lora.rank=128", "optimizer.name=adamw_8bit"),
+    ),
+    Case(
+        "qlora, dropout, one micro-batch",
+        "smollm2-nf4",
+        (FP32, "training.tokens_per_step=600", "lora.dropout=0.1"),
+    ),
+    Case("lora, 512 tokens", "smollm2-bf16", (FP32, "training.method=lora", "lora.rank=8",
+         "training.micro_batch_tokens=512")),
+    Case("full, 384 tokens", "smollm2-bf16", (FP32, "training.method=full",
+         "training.micro_batch_tokens=384", "training.keep_checkpoints=1")),
+    Case("full, paged, bf16", "smollm2-bf16", ("training.method=full",
+         "training.micro_batch_tokens=384", "optimizer.name=paged_adamw_8bit",
+         "optimizer.fast_bytes=64MB", "training.keep_checkpoints=1")),
+    Case("Gemma, 384 tokens", "gemma3-nf4", (FP32, "training.micro_batch_tokens=384")),
+    Case("Gemma, bf16, all recomputed", "gemma3-nf4", ("training.micro_batch_tokens=384",
+         "memory.recompute=all")),
+    Case("Gemma, rank 64, attention only", "gemma3-nf4", (FP32, "lora.rank=64",
+         "lora.targets=[q_proj, k_proj, v_proj, o_proj]", "training.micro_batch_tokens=512")),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One case, in bytes and seconds."""
+
+    name: str
+    settings: str
+    recompute: int
+    predicted: int
+    measured: int
+    seconds_per_step: float
+    predicted_seconds_per_step: float
+    probe_seconds: float
+
+    @property
+    def above(self) -> int:
+        """How much more was predicted than taken."""
+        return self.predicted - self.measured
+
+    @property
+    def kept(self) -> bool:
+        """Whether the promise is."""
+        return 0 <= self.above <= max(0.05 * self.measured, 30 * MEGABYTE)
+
+
+def write_data(path: Path) -> Path:
+    """Prompts and completions of 30 to 300 tokens or so, out of words of this repository."""
+    rng = random.Random(0)  # noqa: S311  (made-up documents)
+    words = (Path(__file__).parents[1] / "README.md").read_text().split()
+    rows = []
+    for number in range(300):
+        begin = rng.randrange(len(words) - 160)
+        chosen = words[begin : begin + rng.randint(20, 150)]
+        rows.append(
+            {
+                "prompt": f"{number}: {' '.join(chosen[:8])}",
+                "completion": " " + " ".join(chosen[8:]),
+            }
+        )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run_case(case: Case, model: Path, folder: Path, steps: int) -> Measured:
+    """Train a few steps, with evaluation, checkpoint and result."""
+    out = folder / case.name.replace(" ", "-").replace(",", "")
+    budget = () if any("budget" in s for s in case.settings) else ("memory.budget=12GB",)
+    defaults = ("training.tokens_per_step=1100", f"training.max_steps={steps}",
+                "data.max_length=384", "data.overlong=truncate")  # fmt: skip
+    command = [
+        sys.executable, "-m", "halfbyte", "train", "--model", str(model),
+        "--data", str(write_data(folder / "train.jsonl")), "--out", str(out), "--json",
+        *defaults, *budget, *case.settings,
+    ]  # fmt: skip
+    launcher = [sys.executable, "-c", LAUNCHER, *command]
+    with (folder / "log").open("w") as log:
+        done = subprocess.run(launcher, stdout=subprocess.PIPE, stderr=log, check=True)  # noqa: S603
+    status, measured = map(int, done.stdout.split())
+    if status:
+        raise SystemExit(f"{case.name}: {(folder / 'log').read_text()[-2000:]}")
+    plan = json.loads((out / "plan.json").read_text())
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    taken = [record["seconds"] for record in records if "loss" in record]
+    return Measured(
+        name=case.name,
+        settings=" ".join((case.model, *case.settings)),
+        recompute=plan["recompute"],
+        predicted=plan["peak_bytes"],
+        measured=measured,
+        seconds_per_step=sum(taken) / len(taken),
+        predicted_seconds_per_step=plan["seconds_per_step"],
+        probe_seconds=plan["probe_seconds"],
+    )
+
+
+def table(rows: list[Measured]) -> str:
+    """As Markdown."""
+    lines = [
+        "| case | settings | layers recomputed | measured | predicted | above | promise |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row.name} | `{row.settings}` | {row.recompute} | {row.measured / MEGABYTE:,.0f} MB | "
+        f"{row.predicted / MEGABYTE:,.0f} MB | {row.above / MEGABYTE:+.0f} MB, "
+        f"{row.above / row.measured:+.1%} | {'kept' if row.kept else 'broken'} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run the cases."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs=3, type=Path, metavar="DIRECTORY")
+    parser.add_argument("--only", nargs="*", help="names of cases")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--scratch", type=Path, help="on a disk, not in memory")
+    arguments = parser.parse_args()
+    models = dict(zip(("smollm2-nf4", "smollm2-bf16", "gemma3-nf4"), arguments.models, strict=True))
+    rows: list[Measured] = []
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        for case in CASES:
+            if arguments.only and case.name not in arguments.only:
+                continue
+            rows.append(run_case(case, models[case.model], Path(folder), arguments.steps))
+            row = rows[-1]
+            print(
+                f"{row.name}: measured {row.measured / MEGABYTE:.0f}, predicted "
+                f"{row.predicted / MEGABYTE:.0f}, {row.recompute} recomputed; "
+                f"{row.seconds_per_step:.1f} s a step, predicted "
+                f"{row.predicted_seconds_per_step:.1f}; "
+                f"probe {row.probe_seconds:.1f} s: {'kept' if row.kept else 'BROKEN'}",
+                flush=True,
+            )
+    print(table(rows))
+    if not arguments.only:
+        record = {
+            "subject": "memory_plan",
+            "command": "python benchmarks/memory_plan.py SMOLLM2_NF4 SMOLLM2_BF16 GEMMA3_NF4",
+            "machine": asdict(harness.describe_machine()),
+            "rows": [{**asdict(row), "kept": row.kept} for row in rows],
+        }
+        path = harness.RESULTS / "memory_plan.json"
+        path.write_text(json.dumps(record, indent=2) + "\n")
+    return int(not all(row.kept for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

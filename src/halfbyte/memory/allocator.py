@@ -1,0 +1,33 @@
+"""Memory that is free goes back to the system: what is resident is what is in use.
+
+glibc's malloc takes blocks above a threshold straight from the system and gives them back when
+they are freed. By default the threshold grows to 32 MiB as such blocks are freed; from then on
+activations come from a heap, whose holes between live blocks stay resident. In training that is
+10 % of the memory and more, and it grows over the first steps. A fixed threshold ends both, at the
+price of page faults: blocks are new to the process each time.
+"""
+
+import ctypes
+
+THRESHOLD_BYTES = 128 * 2**10
+"""Blocks from this size on come straight from the system. It is where glibc starts, too."""
+
+KEPT_BYTES = 4 * 2**20
+"""What may stay free at the top of the heap, for the small blocks."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def return_freed_memory() -> bool:
+    """Fix the threshold for the rest of the process, and give back what is free.
+
+    Returns:
+        Whether the C library has such a setting; it is glibc's.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
+        return False
+    fixed = library.mallopt(_M_MMAP_THRESHOLD, THRESHOLD_BYTES)
+    kept = library.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+    library.malloc_trim(0)
+    return bool(fixed and kept)

@@ -1,0 +1,346 @@
+"""A few real steps on made-up documents, in a process of their own, with their memory measured.
+
+    python -m halfbyte.training.probe < request.json
+
+The steps are taken by the trainer itself, so whatever a layer saves, an optimizer keeps or a
+kernel borrows is in the figures without anybody listing it. The peak is read and started anew at
+places that every step passes, whatever its size: where the loss begins and ends, and where each
+gradient arrives. Between two of them memory is a linear function of the tokens; the peak of a whole
+step is not, because it moves from one place to another.
+
+Prints one JSON object: a `ProbeReport`, or `error`.
+"""
+
+import contextlib
+import json
+import resource
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halfbyte.data.batch import Batch, build_batch
+from halfbyte.data.dataset import Dataset
+from halfbyte.data.rows import Origin
+from halfbyte.data.steps import Step
+from halfbyte.data.store import StoreBuilder
+from halfbyte.errors import HalfbyteError
+from halfbyte.kernels import workspace
+from halfbyte.kernels.backends import cpu_isa
+from halfbyte.layers.cross_entropy import Head
+from halfbyte.layers.weights import Weight, WeightRef, WeightStore
+from halfbyte.memory.allocator import return_freed_memory
+from halfbyte.memory.available import available_memory
+from halfbyte.memory.resident import kilobyte_lines, reset_peak, resident
+from halfbyte.models.layout import layout_of
+from halfbyte.training.choices import Choices
+from halfbyte.training.config import Config
+from halfbyte.training.interruption import StopRequest
+from halfbyte.training.methods import TrainedModel, attach_trained, open_base
+from halfbyte.training.progress import Record, Silent
+from halfbyte.training.session import Session, open_session
+from halfbyte.training.shapes import MicroBatchShape
+from halfbyte.training.trainer import Trainer
+
+WARM_TOKENS = 32
+"""Of the micro-batch that makes gradients, optimizer state and workspaces before the others."""
+
+NEVER = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeRequest:
+    """What to measure.
+
+    Attributes:
+        config: Of the run.
+        shapes: Micro-batches to take a step with.
+        recompute: Numbers of recomputed layers to do it with.
+        accumulate: Whether gradients of an earlier micro-batch are there meanwhile.
+        num_threads: Of PyTorch.
+        directory: On the disk of the run, for what the steps write.
+    """
+
+    config: Config
+    shapes: tuple[MicroBatchShape, ...]
+    recompute: tuple[int, ...]
+    accumulate: bool
+    num_threads: int
+    directory: Path
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """One step, in bytes above what was resident before anything was trained.
+
+    Attributes:
+        num_tokens: Of its micro-batch.
+        recompute: Layers that computed their activations again.
+        peaks: Between one place of the step and the next.
+        kept: Where the loss begins: what the backward will need, and all that is permanent.
+        seconds: From its begin to its end.
+    """
+
+    num_tokens: int
+    recompute: int
+    peaks: tuple[int, ...]
+    kept: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    """What was measured, in bytes.
+
+    Attributes:
+        steps: Shape by shape for each number of recomputed layers.
+        parts: What is permanent, by name.
+        warm_seconds: Of a step with `WARM_TOKENS`.
+    """
+
+    steps: tuple[StepMemory, ...]
+    parts: dict[str, int]
+    warm_seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Documents:
+    """Made-up data in the form that a session takes."""
+
+    train: Dataset
+    held_out: Dataset | None = None
+
+
+class _Places:
+    """The peaks between the places of a step."""
+
+    def __init__(self, start: int) -> None:
+        self._start = start
+        self.begin()
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.peaks: dict[int, int] = {}
+        self.kept = 0
+        self._place = 0
+        reset_peak()
+
+    def pass_by(self) -> None:
+        """The next place."""
+        peak = resident().peak - self._start
+        self.peaks[self._place] = max(peak, self.peaks.get(self._place, 0))
+        self._place += 1
+        reset_peak()
+
+    def begin_loss(self) -> None:
+        """The first place of a micro-batch: what has passed before counts to its forward."""
+        self._place = 0
+        self.kept = max(self.kept, resident().total - self._start)
+        self.pass_by()
+
+
+class _WatchedStore:
+    """A store that tells when the loss asks for the head's weight, and when it returns it."""
+
+    def __init__(self, store: WeightStore, places: _Places) -> None:
+        self._store = store
+        self._places = places
+
+    @property
+    def permanent(self) -> bool:
+        """As the store."""
+        return self._store.permanent
+
+    def acquire(self, ref: WeightRef) -> Weight:
+        """The weight; the loss begins."""
+        self._places.begin_loss()
+        return self._store.acquire(ref)
+
+    def release(self, ref: WeightRef) -> None:
+        """The loss is over."""
+        self._store.release(ref)
+        self._places.pass_by()
+
+    def announce(self, layer: int) -> None:
+        """As the store."""
+        self._store.announce(layer)
+
+
+class _Steps:
+    """In the place of a stream: steps of the given micro-batches, one after the other."""
+
+    def __init__(self, steps: Sequence[tuple[Batch, ...]]) -> None:
+        self._steps = iter(steps)
+
+    def __next__(self) -> Step:
+        return Step(0, 0, NEVER, next(self._steps))
+
+    def state(self) -> dict[str, int | str]:
+        """There is no way back."""
+        return {}
+
+
+class _Measured(Exception):  # noqa: N818  (not an error: the way out of the trainer)
+    """The last step was taken; nothing is evaluated or saved."""
+
+
+class _Watch(Silent):
+    """Collects what each step took; decides how many layers the next one recomputes."""
+
+    def __init__(self, session: Session, places: _Places, recompute: Sequence[int]) -> None:
+        self._session = session
+        self._places = places
+        self._recompute = list(recompute)
+        self.taken: list[tuple[dict[int, int], int, float]] = []
+
+    def stepped(self, record: Record) -> None:
+        """A step is over."""
+        self._places.pass_by()
+        seconds = record["seconds"]
+        assert isinstance(seconds, float)  # noqa: S101  (the trainer's own)
+        self.taken.append((self._places.peaks, self._places.kept, seconds))
+        if len(self.taken) == len(self._recompute):
+            raise _Measured
+        layers = self._recompute[len(self.taken)]
+        self._session.choices = replace(self._session.choices, recompute=layers)
+        self._places.begin()
+
+
+def probe(request: ProbeRequest) -> ProbeReport:
+    """Measure in this process, which should have done nothing else."""
+    torch.set_num_threads(request.num_threads)
+    base = open_base(request.config)
+    return_freed_memory()
+    start, mapped = resident().total, resident().file
+    model = attach_trained(base, request.config)
+    places = _Places(start)
+    _watch_gradients(model, places)
+    head = model.decoder.head
+    model.decoder.head = Head(head.weight, _WatchedStore(head.store, places), head.softcap)
+
+    warm = request.shapes[0].resized(min(WARM_TOKENS, request.shapes[0].num_tokens))
+    shapes = [warm, *(shape for _ in request.recompute for shape in request.shapes)]
+    layers = [0, *(count for count in request.recompute for _ in request.shapes)]
+    dataset, batches = _documents(shapes, base.config.vocabulary_size)
+    steps = [
+        (batches[0], batch) if request.accumulate and index else (batch,)
+        for index, batch in enumerate(batches)
+    ]
+    session = open_session(
+        _without_ends(request.config),
+        request.directory,
+        model,
+        _Documents(dataset),
+        Choices(NEVER, 0, request.num_threads, cpu_isa()),
+    )
+    session.stream = _Steps(steps)
+    watch = _Watch(session, places, layers)
+    with contextlib.suppress(_Measured):
+        Trainer(session, watch, StopRequest()).run()
+    measured = [
+        StepMemory(shape.num_tokens, count, tuple(peaks[i] for i in sorted(peaks)), kept, seconds)
+        for shape, count, (peaks, kept, seconds) in zip(shapes, layers, watch.taken, strict=True)
+    ]
+    num_trained = sum(tensor.numel() for tensor in model.parameters.values())
+    parts = {
+        "mapped files": max(resident().file - mapped, 0),
+        "trained parameters": 4 * num_trained,
+        # Paged ones are in the pool, with the state.
+        "gradients": 0 if request.config.optimizer.paged else 4 * num_trained,
+        "optimizer state": session.optimizer.stats().resident_bytes,
+        "workspace": workspace.held_bytes(),
+    }
+    return ProbeReport(tuple(measured[1:]), parts, measured[0].seconds)
+
+
+def _watch_gradients(model: TrainedModel, places: _Places) -> None:
+    """Pass a place wherever a gradient arrives."""
+    leaves: list[object] = list(model.parameters.values())
+    if model.store is not None:
+        leaves += [model.store.acquire(ref) for ref in layout_of(model.decoder.config).refs()]
+    for leaf in {id(leaf): leaf for leaf in leaves}.values():
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaf.register_hook(lambda _grad: places.pass_by())
+
+
+def _documents(shapes: Sequence[MicroBatchShape], vocabulary: int) -> tuple[Dataset, list[Batch]]:
+    """A batch of random tokens for each shape, and all documents as a data set."""
+    generator = torch.Generator().manual_seed(0)
+    builder = StoreBuilder()
+    numbers: list[range] = []
+    count = 0
+    for shape in shapes:
+        untrained = shape.num_tokens - len(shape.lengths) - shape.num_targets
+        for length in shape.lengths:
+            ids = torch.randint(vocabulary, (length,), generator=generator).tolist()
+            skipped = min(max(untrained, 0), length - 1)
+            untrained -= skipped
+            trained = [index > skipped for index in range(length)]
+            builder.add(ids, trained, Origin("probe", count), row_digest=count, prompt_digest=count)
+            count += 1
+        numbers.append(range(count - len(shape.lengths), count))
+    store = builder.build()
+    dataset = Dataset(store, torch.arange(count).numpy())
+    return dataset, [build_batch(dataset, documents) for documents in numbers]
+
+
+def _without_ends(config: Config) -> Config:
+    """The config with steps only: no evaluation, no checkpoint, no samples."""
+    changes = {
+        "max_steps": NEVER,
+        "tokens_per_step": NEVER,
+        "eval_first": False,
+        "eval_steps": NEVER,
+        "save_steps": NEVER,
+        "num_samples": 0,
+        "on_nan": "skip",
+    }
+    return config.model_copy(update={"training": config.training.model_copy(update=changes)})
+
+
+def _limit_memory() -> None:
+    """Let allocations fail that the machine cannot serve, before it kills a process for them."""
+    status = kilobyte_lines(Path("/proc/self/status").read_text())
+    limit = status["VmData"] + available_memory().bytes
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def _read_request(text: str) -> ProbeRequest:
+    content = json.loads(text)
+    shapes = (MicroBatchShape(tuple(s["lengths"]), s["num_targets"]) for s in content["shapes"])
+    return ProbeRequest(
+        config=Config.model_validate(content["config"]),
+        shapes=tuple(shapes),
+        recompute=tuple(content["recompute"]),
+        accumulate=content["accumulate"],
+        num_threads=content["num_threads"],
+        directory=Path(content["directory"]),
+    )
+
+
+def main() -> None:
+    """Answer the request on stdin."""
+    request = _read_request(sys.stdin.read())
+    _limit_memory()
+    answer: dict[str, object]
+    try:
+        with tempfile.TemporaryDirectory(dir=request.directory, prefix=".halfbyte-plan-") as path:
+            answer = asdict(probe(replace(request, directory=Path(path))))
+    except HalfbyteError as error:
+        answer = {"error": str(error)}
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch reports a failed allocation as a RuntimeError.
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        answer = {"error": "out of memory", "out_of_memory": True}
+    sys.stdout.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()

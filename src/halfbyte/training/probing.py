@@ -1,0 +1,70 @@
+"""Starting a probe and reading its report."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from halfbyte.errors import DoesNotFitError, HalfbyteError
+from halfbyte.training.probe import ProbeReport, ProbeRequest, StepMemory
+
+
+def run_probe(request: ProbeRequest) -> ProbeReport:
+    """Run `halfbyte.training.probe` in a new process.
+
+    Raises:
+        DoesNotFitError: Even the probe's steps need more memory than the machine has left.
+        HalfbyteError: The probe failed; its last words are in the message.
+    """
+    content = {
+        "config": request.config.model_dump(mode="json"),
+        "shapes": [asdict(shape) for shape in request.shapes],
+        "recompute": request.recompute,
+        "accumulate": request.accumulate,
+        "num_threads": request.num_threads,
+        "directory": str(request.directory),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "halfbyte.training.probe"],
+        input=json.dumps(content),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise HalfbyteError(f"memory cannot be measured: {last[0]}")
+    answer = json.loads(lines[-1])
+    if answer.get("out_of_memory"):
+        raise DoesNotFitError(
+            "the memory that is left is not enough for a few steps of "
+            f"{max(shape.num_tokens for shape in request.shapes)} tokens",
+            hint="`halfbyte doctor` shows how much there is.",
+        )
+    if "error" in answer:
+        raise HalfbyteError(f"memory cannot be measured: {answer['error']}")
+    return _read_report(answer)
+
+
+def nearest_directory(path: Path) -> Path:
+    """The path itself, or the first above it that exists."""
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def _read_report(answer: Mapping[str, object]) -> ProbeReport:
+    steps, parts, seconds = (answer[name] for name in ("steps", "parts", "warm_seconds"))
+    assert isinstance(steps, list)  # noqa: S101  (our own process wrote it)
+    assert isinstance(parts, dict)  # noqa: S101
+    assert isinstance(seconds, float)  # noqa: S101
+    return ProbeReport(
+        steps=tuple(StepMemory(**{**step, "peaks": tuple(step["peaks"])}) for step in steps),
+        parts=parts,
+        warm_seconds=seconds,
+    )

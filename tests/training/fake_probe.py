@@ -1,0 +1,31 @@
+"""A probe that measures nothing: memory and time of an imaginary model with round numbers."""
+
+from dataclasses import dataclass, field
+
+from halfbyte.training.probe import ProbeReport, ProbeRequest, StepMemory
+
+MB = 10**6
+KEPT, RECOMPUTED, BACKWARD = 60_000, 10_000, 90_000  # bytes a token: a layer's, its input, at once
+PERMANENT, LOSS = 20 * MB, 150 * MB
+SECONDS = 0.01  # a token
+
+
+@dataclass
+class FakeProbe:
+    """Stands in for `run_probe`; remembers what it was asked for."""
+
+    num_layers: int = 2
+    requests: list[ProbeRequest] = field(default_factory=list)
+
+    def __call__(self, request: ProbeRequest) -> ProbeReport:
+        self.requests.append(request)
+        (recompute,) = request.recompute
+        steps = tuple(self.step(shape.num_tokens, recompute) for shape in request.shapes)
+        return ProbeReport(steps, {"gradients": PERMANENT}, warm_seconds=0.1)
+
+    def step(self, tokens: int, recompute: int) -> StepMemory:
+        # The last layer's activations are there when its backward begins, kept or not.
+        kept = PERMANENT + tokens * ((self.num_layers - recompute) * KEPT + recompute * RECOMPUTED)
+        at_end = max(kept, PERMANENT + tokens * ((self.num_layers - 1) * RECOMPUTED + KEPT))
+        peaks = (kept, kept + LOSS, at_end + tokens * BACKWARD, PERMANENT)
+        return StepMemory(tokens, recompute, peaks, kept, tokens * SECONDS + 0.1)
