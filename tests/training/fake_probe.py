@@ -6,7 +6,8 @@ from halfbyte.training.probe import ProbeReport, ProbeRequest, StepMemory
 
 MB = 10**6
 KEPT, RECOMPUTED, BACKWARD = 60_000, 10_000, 90_000  # bytes a token: a layer's, its input, at once
-PERMANENT, LOSS = 20 * MB, 150 * MB
+PERMANENT, LOGITS = 20 * MB, 200_000  # once; a row
+LOSS_ROWS = 750
 SECONDS = 0.01  # a token
 
 
@@ -20,12 +21,14 @@ class FakeProbe:
     def __call__(self, request: ProbeRequest) -> ProbeReport:
         self.requests.append(request)
         (recompute,) = request.recompute
-        steps = tuple(self.step(shape.num_tokens, recompute) for shape in request.shapes)
+        steps = tuple(
+            self.step(shape.num_tokens, recompute, shape.num_targets) for shape in request.shapes
+        )
         return ProbeReport(steps, {"gradients": PERMANENT}, warm_seconds=0.1)
 
-    def step(self, tokens: int, recompute: int) -> StepMemory:
+    def step(self, tokens: int, recompute: int, rows: int = LOSS_ROWS) -> StepMemory:
         # The last layer's activations are there when its backward begins, kept or not.
         kept = PERMANENT + tokens * ((self.num_layers - recompute) * KEPT + recompute * RECOMPUTED)
         at_end = max(kept, PERMANENT + tokens * ((self.num_layers - 1) * RECOMPUTED + KEPT))
-        peaks = (kept, kept + LOSS, at_end + tokens * BACKWARD, PERMANENT)
-        return StepMemory(tokens, recompute, peaks, kept, tokens * SECONDS + 0.1)
+        peaks = (kept, kept + rows * LOGITS, at_end + tokens * BACKWARD, PERMANENT)
+        return StepMemory(tokens, recompute, rows, peaks, kept, tokens * SECONDS + 0.1)

@@ -18,7 +18,7 @@ from halfbyte.layers.segments import pack
 from halfbyte.models.record import RECORD
 from halfbyte.training.checkpoint import list_checkpoints
 from halfbyte.training.config import Config
-from halfbyte.training.methods import BELOW, open_trained_model
+from halfbyte.training.methods import BELOW, attach_trained, open_base
 from halfbyte.training.metrics import MEASURED_FIELDS, read_records
 from halfbyte.training.run import resume, train
 from training.test_resume import StopAt
@@ -92,7 +92,7 @@ def test_the_result_is_a_stack_over_the_untouched_adapter(runs: Path) -> None:
 
 def test_the_model_that_was_trained_is_the_one_that_is_loaded(runs: Path) -> None:
     config = on_top(runs, "second")
-    trained = open_trained_model(config)
+    trained = attach_trained(open_base(config), config)
     ids = [5, 9, 200, 31]
     model = hb.load(
         config.model, adapters=[runs / "first" / "adapter"], compute_dtype=torch.float32
@@ -134,7 +134,8 @@ def test_stopping_and_resuming_changes_no_bit(runs: Path) -> None:
 
 
 def test_frozen_updates_have_no_dropout(runs: Path) -> None:
-    trained = open_trained_model(on_top(runs, "second"))
+    second = on_top(runs, "second")
+    trained = attach_trained(open_base(second), second)
     tokens = torch.tensor([5, 9, 200, 31])
     found = [trained.decoder(tokens, pack([4]), dropout_seed=seed) for seed in (1, 2, None)]
     # The adapter below was written with a dropout of 0.3. B of the new one is still zero, so that

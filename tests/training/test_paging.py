@@ -18,7 +18,7 @@ from halfbyte.optim.optimizer import StatefulOptimizer
 from halfbyte.training import session as session_module
 from halfbyte.training.checkpoint import list_checkpoints
 from halfbyte.training.config import Config
-from halfbyte.training.methods import open_trained_model
+from halfbyte.training.methods import attach_trained, open_base
 from halfbyte.training.metrics import read_records
 from halfbyte.training.room import Room
 from halfbyte.training.run import resume, train
@@ -110,7 +110,8 @@ def test_micro_batches_of_256_to_8192_tokens_in_one_run(tmp_path: Path) -> None:
     """Paged is unpaged while the budget follows what each micro-batch leaves."""
     found = []
     for name, settings in (("adamw", {}), ("paged_adamw", {"fast_bytes": 10 * PAGE})):
-        model = open_trained_model(at(tmp_path, "run", *FULL))
+        config = at(tmp_path, "run", *FULL)
+        model = attach_trained(open_base(config), config)
         parameters = list(model.parameters.values())
         optimizer = make_optimizer(name, parameters, page_bytes=PAGE, lr=1e-3, **settings)
         accumulator = optimizer.accumulator(model.stand_ins)

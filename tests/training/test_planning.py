@@ -125,7 +125,7 @@ def test_the_largest_settings_fit(tmp_path: Path, probe: FakeProbe) -> None:
     assert max(probe.step(largest, 0).peaks) == pytest.approx(room, rel=0.03)
     assert plan.largest.rank is not None
     assert plan.largest.rank > 4
-    full = make_config(tmp_path / "full", "training.method=full", f"memory.budget={budget}")
+    full = make_config(tmp_path, "training.method=full", f"memory.budget={budget}")
     assert plan_run(full)[0].largest.rank is None
 
 

@@ -12,7 +12,7 @@ from halfbyte.training.prediction import FIXED_ALLOWANCE, GROWING_ALLOWANCE, Ste
 from halfbyte.training.probe import StepMemory
 from halfbyte.training.run_data import open_run_data
 from halfbyte.training.shapes import MicroBatchShape, measure_workload
-from training.fake_probe import FakeProbe
+from training.fake_probe import LOSS_ROWS, FakeProbe
 from training.tiny_run import make_config
 
 
@@ -24,7 +24,7 @@ def with_allowance(peak: float) -> float:
 def test_a_peak_that_moves_is_found(tokens: int) -> None:
     # The loss is the peak of small steps, the backward that of large ones: from 1667 tokens on.
     fake = FakeProbe()
-    model = StepModel((fake.step(100, 0), fake.step(300, 0)))
+    model = StepModel(LOSS_ROWS, (fake.step(100, 0, 70), fake.step(300, 0, 200)))
     true = max(fake.step(tokens, 0).peaks)
     assert model.peak(tokens, 0) == pytest.approx(with_allowance(true), abs=1)
     assert model.kept(tokens, 0) == fake.step(tokens, 0).kept
@@ -37,17 +37,19 @@ def test_recomputed_layers_lie_on_a_line(layers: int) -> None:
     few = (fake.step(100, 0), fake.step(300, 0))
     many = (fake.step(100, 11), fake.step(300, 11))
     true = max(fake.step(4000, layers).peaks)
-    assert StepModel(few, many).peak(4000, layers) == pytest.approx(with_allowance(true), abs=2)
+    assert StepModel(LOSS_ROWS, few, many).peak(4000, layers) == pytest.approx(
+        with_allowance(true), abs=2
+    )
 
 
 def test_steps_with_different_places_are_compared_as_wholes() -> None:
-    small, large = StepMemory(10, 0, (5, 9), 5, 1.0), StepMemory(20, 0, (5, 10, 19), 5, 1.0)
-    assert StepModel((small, large)).peak(30, 0) == round(with_allowance(29))
+    small, large = StepMemory(10, 0, 1, (5, 9), 5, 1.0), StepMemory(20, 0, 1, (5, 10, 19), 5, 1.0)
+    assert StepModel(1, (small, large)).peak(30, 0) == round(with_allowance(29))
 
 
 def test_the_largest_step_fits_and_one_more_token_does_not() -> None:
     fake = FakeProbe()
-    model = StepModel((fake.step(100, 0), fake.step(300, 0)))
+    model = StepModel(LOSS_ROWS, (fake.step(100, 0, 70), fake.step(300, 0, 200)))
     limit = 700_000_000
     largest = model.largest(limit, 0, 10**6)
     assert model.peak(largest, 0) <= limit < model.peak(largest + 1, 0)
@@ -61,14 +63,13 @@ def test_resized_shapes_have_the_tokens_and_the_mix() -> None:
         lengths = tuple(rng.randint(1, 200) for _ in range(rng.randint(1, 40)))
         shape = MicroBatchShape(lengths, rng.randint(1, sum(lengths)))
         tokens = rng.randint(2, 400)
-        resized = shape.resized(tokens, min_targets=50)
+        resized = shape.resized(tokens)
         assert resized.num_tokens == tokens
         assert min(resized.lengths) >= 1
         assert len(resized.lengths) == min(len(lengths), tokens // 2)
         assert 1 <= resized.num_targets <= tokens
     half = MicroBatchShape((100, 300), 200).resized(40)
     assert half == MicroBatchShape((10, 30), 20)
-    assert MicroBatchShape((100, 300), 200).resized(80, min_targets=60).num_targets == 60
 
 
 def test_the_workload_is_that_of_the_stream(tmp_path: Path) -> None:
@@ -78,10 +79,12 @@ def test_the_workload_is_that_of_the_stream(tmp_path: Path) -> None:
     stream = StepStream(data.train, options)
     steps = [next(stream) for _ in range(15)]  # three epochs and a part
     assert steps[-1].epoch > 0
-    work = measure_workload(data.train, options, len(steps))
+    work = measure_workload(data.train, options, len(steps), vocabulary=400)
     batches = [batch for step in steps for batch in step.micro_batches]
     assert work.largest.num_tokens == max(batch.num_tokens for batch in batches)
-    assert work.largest.num_targets == max(batch.num_targets for batch in batches)
+    assert work.largest.num_targets in {batch.num_targets for batch in batches}
+    # All logits of such a vocabulary are there at once.
+    assert work.loss_rows == max(batch.num_targets for batch in batches)
     assert work.num_micro_batches == max(len(step.micro_batches) for step in steps)
     assert work.total_micro_batches == len(batches)
     assert work.num_tokens == sum(step.num_tokens for step in steps)

@@ -129,6 +129,11 @@ def default_chunk_rows(vocabulary: int) -> int:
     return max(1, CHUNK_BYTES // (4 * vocabulary))
 
 
+def rows_at_once(count: int, vocabulary: int) -> int:
+    """Rows of the largest chunk of so many targets."""
+    return max(len(range(c.start, c.stop)) for c in _chunks(count, default_chunk_rows(vocabulary)))
+
+
 def _require_targets(x_ND: Tensor, targets_N: Tensor, head: Head) -> None:
     problems = []
     vocabulary, features = head.weight.shape

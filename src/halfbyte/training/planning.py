@@ -1,8 +1,7 @@
 """Planning a run: measure a few small steps, predict its own, and see what fits.
 
 The peak of a run is what this process holds before anything is trained (interpreter, libraries,
-data), plus what a probe process took from the same point on. Evaluations need less than steps, and
-so does the end of a run: activations and gradients are gone by then.
+data), plus what a probe process took from the same point on. Evaluations need less than steps.
 """
 
 import time
@@ -15,7 +14,6 @@ from halfbyte.adapters.spec import resolve_targets
 from halfbyte.data.packing import PackingOptions
 from halfbyte.data.steps import StepStream
 from halfbyte.errors import DoesNotFitError
-from halfbyte.layers.cross_entropy import default_chunk_rows
 from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.memory.available import available_memory
 from halfbyte.memory.resident import resident
@@ -30,18 +28,18 @@ from halfbyte.training.run_data import RunData
 from halfbyte.training.session import count_steps
 from halfbyte.training.shapes import MicroBatchShape, Workload, measure_workload
 
-SMALL_TOKENS, MORE_TOKENS = 128, 160
-"""Tokens of the smaller of two probed micro-batches, and by how many the larger one has more."""
+SMALL_TOKENS, LARGE_TOKENS = 128, 320
+"""Tokens of the two probed micro-batches: enough for kernels to take the ways of large ones."""
 
-MAX_SMALL_TOKENS = 1024
 MOST_TOKENS = 2**20
 """Where the search for the largest micro-batch ends."""
 
 HEADROOM = 0.98
 """Of the memory that is left when a setting is proposed: a process never holds quite the same."""
 
-RESERVED_FOR_END = 48 * 10**6
-"""Drawing the curve imports matplotlib: 40 MB, which counts when a run takes less than that."""
+END_BYTES = 40 * 10**6
+"""Of drawing the curve, after the last step: matplotlib and its fonts. It is the peak of runs whose
+activations take less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,9 @@ class Planner:
         self._longest = data.train.longest()[1]
         self.limit = find_limit(config)
         self.num_steps = count_steps(config, StepStream(data.train, options))
-        self.workload: Workload = measure_workload(data.train, options, self.num_steps)
+        self.workload: Workload = measure_workload(
+            data.train, options, self.num_steps, base.config.vocabulary_size
+        )
         self.num_layers = len(base.layers)
         self._reports: dict[int, ProbeReport] = {}
         self._probe_seconds = 0.0
@@ -181,13 +181,14 @@ class Planner:
 
     def _model(self, recompute: int) -> StepModel:
         if recompute in {0, self.most_recomputed, self.num_layers}:
-            return StepModel(self._measured(recompute).steps)
+            return StepModel(self.workload.loss_rows, self._measured(recompute).steps)
         few, many = self._measured(0), self._measured(self.most_recomputed)
-        return StepModel(few.steps, many.steps)
+        return StepModel(self.workload.loss_rows, few.steps, many.steps)
 
     def _peak(self, num_tokens: int, recompute: int) -> int:
-        taken = self._model(recompute).peak(num_tokens, recompute)
-        return max(self._held.total + max(taken, RESERVED_FOR_END), self._held.peak)
+        model = self._model(recompute)
+        taken = max(model.peak(num_tokens, recompute), model.permanent + END_BYTES)
+        return max(self._held.total + taken, self._held.peak)
 
     def _measured(self, recompute: int) -> ProbeReport:
         if recompute in self._reports:
@@ -211,17 +212,14 @@ class Planner:
     def _probed_shapes(self) -> tuple[MicroBatchShape, ...]:
         """Two sizes: as small as still shows how memory grows, or the run's own and its half."""
         largest = self.workload.largest
-        chunk = default_chunk_rows(self._base.config.vocabulary_size)
-        small = max(SMALL_TOKENS, min(chunk + len(largest.lengths), MAX_SMALL_TOKENS))
-        large = small + MORE_TOKENS
         shape = self._base.config
         grows_faster = shape.attention_softcap is not None or any(
             window is not None and window < max(largest.lengths) for window in shape.windows
         )
-        if grows_faster or largest.num_tokens <= large:
+        if grows_faster or largest.num_tokens <= LARGE_TOKENS:
             half = max(largest.num_tokens // 2, 2)
             return (largest.resized(half), largest)
-        return tuple(largest.resized(size, min_targets=chunk) for size in (small, large))
+        return tuple(largest.resized(size) for size in (SMALL_TOKENS, LARGE_TOKENS))
 
     def _seconds_per_step(self, model: StepModel, report: ProbeReport, recompute: int) -> float:
         """By the mean micro-batch; what accumulating added to the probe is taken off."""

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from halfbyte.training.probe import StepMemory
 
+LOSS = 1
+"""The place that grows with the rows of logits that are there at once, besides what is kept."""
+
 FIXED_ALLOWANCE = 8 * 10**6
 """Bytes added to every prediction: counters that are read a few hundred KB late, small blocks that
 lie between others, threads."""
@@ -24,12 +27,19 @@ class StepModel:
     """Memory and time of a step with one micro-batch, from measured ones.
 
     Attributes:
+        loss_rows: Targets whose logits are there at once in the steps to predict.
         keeping: Steps of growing size with few recomputed layers: none, or the setting.
         recomputing: The same with many; empty when only one setting was measured.
     """
 
+    loss_rows: int
     keeping: tuple[StepMemory, ...]
     recomputing: tuple[StepMemory, ...] = ()
+
+    @property
+    def permanent(self) -> int:
+        """Bytes above the start that stay when a step is over."""
+        return min(step.peaks[-1] for step in self.keeping)
 
     def peak(self, num_tokens: int, recompute: int) -> int:
         """Bytes above the start at the worst place of a step, allowance included.
@@ -83,17 +93,21 @@ class StepModel:
             return 0.0
         return (recompute - first) / (self.recomputing[0].recompute - first)
 
-    @staticmethod
-    def _peaks(steps: Sequence[StepMemory], num_tokens: int) -> list[float]:
+    def _peaks(self, steps: Sequence[StepMemory], num_tokens: int) -> list[float]:
         """The peak of every place; of the step as a whole when places differ."""
         if len({len(step.peaks) for step in steps}) != 1:
             return [_extrapolate([(s.num_tokens, max(s.peaks)) for s in steps], num_tokens)]
-        return [
+        peaks = [
             _extrapolate(
-                [(s.num_tokens, peak) for s, peak in zip(steps, peaks, strict=True)], num_tokens
+                [(s.num_tokens, peak) for s, peak in zip(steps, place, strict=True)], num_tokens
             )
-            for peaks in zip(*(step.peaks for step in steps), strict=True)
+            for place in zip(*(step.peaks for step in steps), strict=True)
         ]
+        if len(peaks) > LOSS:
+            kept = _extrapolate([(s.num_tokens, s.kept) for s in steps], num_tokens)
+            rows = [(s.loss_rows, s.peaks[LOSS] - s.kept) for s in steps]
+            peaks[LOSS] = kept + _extrapolate(rows, self.loss_rows)
+        return peaks
 
 
 def _extrapolate(points: Sequence[tuple[int, float]], at: int) -> float:

@@ -31,7 +31,7 @@ from halfbyte.data.store import StoreBuilder
 from halfbyte.errors import HalfbyteError
 from halfbyte.kernels import workspace
 from halfbyte.kernels.backends import cpu_isa
-from halfbyte.layers.cross_entropy import Head
+from halfbyte.layers.cross_entropy import Head, rows_at_once
 from halfbyte.layers.weights import Weight, WeightRef, WeightStore
 from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.memory.available import available_memory
@@ -80,13 +80,15 @@ class StepMemory:
     Attributes:
         num_tokens: Of its micro-batch.
         recompute: Layers that computed their activations again.
-        peaks: Between one place of the step and the next.
+        loss_rows: Targets whose logits were there at once.
+        peaks: Between one place of the step and the next; the second is the loss.
         kept: Where the loss begins: what the backward will need, and all that is permanent.
         seconds: From its begin to its end.
     """
 
     num_tokens: int
     recompute: int
+    loss_rows: int
     peaks: tuple[int, ...]
     kept: int
     seconds: float
@@ -241,9 +243,17 @@ def probe(request: ProbeRequest) -> ProbeReport:
     watch = _Watch(session, places, layers)
     with contextlib.suppress(_Measured):
         Trainer(session, watch, StopRequest()).run()
+    vocabulary = base.config.vocabulary_size
     measured = [
-        StepMemory(shape.num_tokens, count, tuple(peaks[i] for i in sorted(peaks)), kept, seconds)
-        for shape, count, (peaks, kept, seconds) in zip(shapes, layers, watch.taken, strict=True)
+        StepMemory(
+            num_tokens=batch.num_tokens,
+            recompute=count,
+            loss_rows=rows_at_once(batch.num_targets, vocabulary),
+            peaks=tuple(peaks[place] for place in sorted(peaks)),
+            kept=kept,
+            seconds=seconds,
+        )
+        for batch, count, (peaks, kept, seconds) in zip(batches, layers, watch.taken, strict=True)
     ]
     num_trained = sum(tensor.numel() for tensor in model.parameters.values())
     parts = {

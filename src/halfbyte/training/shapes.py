@@ -6,6 +6,7 @@ from itertools import accumulate, pairwise
 
 from halfbyte.data.dataset import Dataset
 from halfbyte.data.packing import PackingOptions, pack, plan_epoch
+from halfbyte.layers.cross_entropy import rows_at_once
 
 MAX_STEPS = 5000
 """Steps looked at for the largest micro-batch. Beyond, a larger one is rarer than one in thousands,
@@ -29,13 +30,8 @@ class MicroBatchShape:
         """Of all documents together."""
         return sum(self.lengths)
 
-    def resized(self, num_tokens: int, *, min_targets: int = 1) -> "MicroBatchShape":
-        """About the same mix of documents in exactly that many tokens, at least 2.
-
-        Args:
-            num_tokens: Of the new shape.
-            min_targets: Targets that it should have, as far as this one has them and they fit.
-        """
+    def resized(self, num_tokens: int) -> "MicroBatchShape":
+        """About the same mix of documents in exactly that many tokens, at least 2."""
         count = min(len(self.lengths), num_tokens // 2)
         totals = list(accumulate(self.lengths[:count]))
         ends = [0]
@@ -43,10 +39,7 @@ class MicroBatchShape:
             end = round(num_tokens * total / totals[-1])
             ends.append(min(max(end, ends[-1] + 1), num_tokens - (count - 1 - index)))
         lengths = tuple(end - begin for begin, end in pairwise(ends))
-        wanted = max(
-            round(num_tokens * self.num_targets / self.num_tokens),
-            min(min_targets, self.num_targets),
-        )
+        wanted = round(num_tokens * self.num_targets / self.num_tokens)
         return MicroBatchShape(lengths, max(min(wanted, num_tokens - count), 1))
 
 
@@ -55,23 +48,27 @@ class Workload:
     """All steps of a run.
 
     Attributes:
-        largest: The micro-batch with the most tokens; its targets are the most of any.
+        largest: The micro-batch with the most tokens.
+        loss_rows: The most targets of any micro-batch whose logits are there at once.
         num_micro_batches: Of the largest step.
         num_tokens: Of all steps together.
         total_micro_batches: Of all steps together.
     """
 
     largest: MicroBatchShape
+    loss_rows: int
     num_micro_batches: int
     num_tokens: int
     total_micro_batches: int
 
 
-def measure_workload(dataset: Dataset, options: PackingOptions, num_steps: int) -> Workload:
+def measure_workload(
+    dataset: Dataset, options: PackingOptions, num_steps: int, vocabulary: int
+) -> Workload:
     """Go through the steps of a run as they will come; after `MAX_STEPS`, by proportion."""
     looked_at = min(num_steps, MAX_STEPS)
-    largest: tuple[int, ...] = ()
-    most_targets = most_batches = num_tokens = num_batches = 0
+    largest = MicroBatchShape((0,), 0)
+    loss_rows = most_batches = num_tokens = num_batches = 0
     targets = dataset.store.num_targets[dataset.index]
     for step in _steps(dataset, options, looked_at):
         lengths = dataset.lengths[step].tolist()
@@ -80,12 +77,16 @@ def measure_workload(dataset: Dataset, options: PackingOptions, num_steps: int) 
         num_batches += len(batches)
         num_tokens += sum(lengths)
         for positions in batches:
-            most_targets = max(most_targets, int(targets[[step[p] for p in positions]].sum()))
-            shape = tuple(lengths[position] for position in positions)
-            largest = max(largest, shape, key=sum)
+            shape = MicroBatchShape(
+                tuple(lengths[position] for position in positions),
+                int(targets[[step[position] for position in positions]].sum()),
+            )
+            loss_rows = max(loss_rows, rows_at_once(shape.num_targets, vocabulary))
+            largest = max(largest, shape, key=lambda each: each.num_tokens)
     factor = num_steps / looked_at
     return Workload(
-        largest=MicroBatchShape(largest, most_targets),
+        largest=largest,
+        loss_rows=loss_rows,
         num_micro_batches=most_batches,
         num_tokens=round(factor * num_tokens),
         total_micro_batches=round(factor * num_batches),
