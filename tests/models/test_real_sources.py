@@ -119,7 +119,8 @@ def test_transformers_and_bitsandbytes_give_our_logits(smollm2: Path) -> None:
     assert difference <= 2 * noise
     # In float32 what is left is theirs: decoded weights rounded to the checkpoint's bfloat16, and
     # on CPUs with AVX512-BF16 activations too: up to 2^-9 each, which 210 products average.
-    for module in (model := model.float()).modules():
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    for module in model.modules():
         if hasattr(module, "quant_state"):
             module.compute_dtype = torch.float32
     with torch.no_grad():
