@@ -13,7 +13,7 @@ from torch import Tensor
 from halfbyte.adapters.adapter import LoraUpdate
 from halfbyte.adapters.merge_inputs import MergeInputs
 from halfbyte.composition.calibration import LinearGroup, walk
-from halfbyte.composition.group_search import GroupSearch, OutputError
+from halfbyte.composition.group_search import GroupSearch, LinearSearch, OutputError
 from halfbyte.data.batch import Batch
 from halfbyte.formats.bitsandbytes_layout import to_bitsandbytes
 from halfbyte.formats.quantized_tensor import QuantizedTensor
@@ -79,19 +79,26 @@ def calibrate(
     base = inputs.base_tensors.quantized() if inputs.original is None else {}
     kept = set(quantizer.keep)
     with single_core_threads() as pool:
+
+        def search(group: LinearGroup, found: Sequence[dict[str, QuantizedTensor]]) -> None:
+            shared = GroupSearch(group, pool)
+            for linear in group.linears:
+                name = linear.weight.name
+                if name in kept:
+                    continue
+                searching = LinearSearch(inputs, linear, shared, quantizer, base.get(name))
+                for strategy, weights in zip(strategies, found, strict=True):
+                    result = searching.run(strategy.rank)
+                    weights[name] = result.weight
+                    strategy.errors.append(result.error)
+                    if result.residual is not None:
+                        strategy.residual[linear.path] = result.residual
+
         for index, groups in enumerate(walk(live, batches)):
             found: list[dict[str, QuantizedTensor]] = [{} for _ in strategies]
             for group in groups:
-                linears = tuple(one for one in group.linears if one.weight.name not in kept)
-                if not linears:
-                    continue
-                chosen = LinearGroup(linears, group.hessian_II)
-                searching = GroupSearch(inputs, chosen, quantizer, base, pool)
-                for strategy, weights in zip(strategies, found, strict=True):
-                    result = searching.run(strategy.rank)
-                    weights.update(result.weights)
-                    strategy.residual.update(result.residual)
-                    strategy.errors += result.errors
+                search(group, found)
+                del group  # its moments, before the next layer's
             for strategy, weights in zip(strategies, found, strict=True):
                 strategy.put(index, weights)
             if progress is not None:

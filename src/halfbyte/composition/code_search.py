@@ -41,35 +41,32 @@ class Grid:
         codes: uint8 `[16]`; the code of each value.
         midpoints: float32 `[15]`.
         scales_IO: float32; of each weight.
-        inverse_IO: One over the scales; 0 where they are.
     """
 
     table: Tensor
     codes: Tensor
     midpoints: Tensor
     scales_IO: Tensor
-    inverse_IO: Tensor
 
     def nearest(self, row: int, values_O: Tensor) -> Tensor:
         """The representable value next to each of one input's weights, `[O]`."""
-        index = torch.bucketize(values_O * self.inverse_IO[row], self.midpoints)
-        return self.table[index].mul_(self.scales_IO[row])
+        return self.table[self._index(row, values_O)].mul_(self.scales_IO[row])
 
     def encode(self, values_IO: Tensor) -> Tensor:
         """The codes of representable values, uint8 `[I, O]`."""
         codes = torch.empty(values_IO.shape, dtype=torch.uint8)
         for row, values in enumerate(values_IO):
-            index = torch.bucketize(values * self.inverse_IO[row], self.midpoints)
-            codes[row] = self.codes[index]
+            codes[row] = self.codes[self._index(row, values)]
         return codes
+
+    def _index(self, row: int, values_O: Tensor) -> Tensor:
+        # A scale of 0 makes infinities, or NaN, which `bucketize` puts behind the last value.
+        relative_O = values_O / self.scales_IO[row]
+        return torch.bucketize(relative_O.nan_to_num_(), self.midpoints)
 
     def select(self, inputs: Tensor | slice, outputs: slice) -> "Grid":
         """The same for some inputs, in any order, and some outputs."""
-        return replace(
-            self,
-            scales_IO=self.scales_IO[inputs, outputs],
-            inverse_IO=self.inverse_IO[inputs, outputs],
-        )
+        return replace(self, scales_IO=self.scales_IO[inputs, outputs])
 
 
 def make_grid(codebook: Codebook, scales_IO: Tensor) -> Grid:
@@ -77,9 +74,8 @@ def make_grid(codebook: Codebook, scales_IO: Tensor) -> Grid:
     table = codebook.table()
     order = torch.argsort(table, stable=True)
     values = table[order]
-    inverse = torch.where(scales_IO == 0, 0.0, 1 / scales_IO)
     midpoints = (values[:-1] + values[1:]) / 2
-    return Grid(values, order.to(torch.uint8), midpoints, scales_IO, inverse)
+    return Grid(values, order.to(torch.uint8), midpoints, scales_IO)
 
 
 def damp_(hessian_II: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""4-bit weights of linear layers that share an input, chosen together for one merge.
+"""4-bit weights of linear layers for one merge.
 
 Requantizing a decoded base loses the adapter: its weights sit on the grid, and a small update
 rounds back to where they were. Here the scales stay the base's wherever its format is kept, so that
@@ -8,10 +8,9 @@ update's strongest directions, weighted with what the inputs look like, are left
 from the start, and the codes only have to hold the rest.
 
 Dimension key:
-    I  input features        O  outputs that share the inputs        R  rank
+    I  input features        O  output features        R  rank
 """
 
-from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -23,6 +22,7 @@ from halfbyte.adapters.merge_inputs import MergeInputs
 from halfbyte.adapters.merging import merged_weight
 from halfbyte.composition.calibration import LinearGroup
 from halfbyte.composition.code_search import (
+    Grid,
     damp_,
     make_feedback,
     make_grid,
@@ -31,9 +31,10 @@ from halfbyte.composition.code_search import (
 )
 from halfbyte.composition.low_rank import weighted_low_rank
 from halfbyte.formats.quantized_tensor import QuantizedTensor, quantize
+from halfbyte.layers.linear import Linear
 from halfbyte.models.quantization_plan import Quantizer
 
-MAX_OUTPUTS = 1024
+MAX_OUTPUTS = 256
 """Searched at a time by one core: bounds its memory."""
 
 
@@ -57,123 +58,121 @@ class OutputError:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GroupResult:
-    """What one strategy gives for a group.
+class Found:
+    """What one strategy gives for a linear layer.
 
     Attributes:
-        weights: By name of the weight.
-        residual: Updates to keep beside the model, by path.
-        errors: Of what weights and residual leave.
+        weight: In 4 bits.
+        residual: Update to keep beside the model, or None.
+        error: Of what both leave.
     """
 
-    weights: Mapping[str, QuantizedTensor]
-    residual: Mapping[str, LoraUpdate]
-    errors: list[OutputError]
+    weight: QuantizedTensor
+    residual: LoraUpdate | None
+    error: OutputError
 
 
 class GroupSearch:
-    """The search for one group; what strategies share is computed once.
+    """What the searches for linear layers with one input share.
+
+    Args:
+        group: Takes over its moments, which are damped in place.
+        pool: Threads that use one core each. A step of the search handles a vector, too little to
+            share between cores: each takes outputs of its own.
+    """
+
+    def __init__(self, group: LinearGroup, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self.hessian_II = damp_(group.hessian_II)
+        self._feedback = make_feedback(self.hessian_II)
+
+    def low_rank(self, matrix_IO: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """B and A of the best approximation, judged by outputs."""
+        return self._pool.submit(weighted_low_rank, matrix_IO.T, self._feedback, rank).result()
+
+    def search(self, target_IO: Tensor, grid: Grid, start_IO: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and codes, `[I, O]` both."""
+        num_outputs = target_IO.shape[1]
+        each = min(MAX_OUTPUTS, -(-num_outputs // torch.get_num_threads()))
+        values_IO = torch.empty_like(target_IO)
+        codes_IO = torch.empty(target_IO.shape, dtype=torch.uint8)
+
+        def part(begin: int) -> None:
+            outputs = slice(begin, begin + each)
+            chosen = grid.select(slice(None), outputs)
+            values_IO[:, outputs] = search(
+                target_IO[:, outputs],
+                chosen,
+                self.hessian_II,
+                self._feedback,
+                start_IO[:, outputs],
+            )
+            codes_IO[:, outputs] = chosen.encode(values_IO[:, outputs])
+
+        for _ in self._pool.map(part, range(0, num_outputs, each)):
+            pass
+        return values_IO, codes_IO
+
+
+class LinearSearch:
+    """The searches for one linear layer.
 
     Args:
         inputs: What is merged.
-        group: Takes over its moments, which are damped in place.
+        linear: The layer.
+        group: That it belongs to.
         quantizer: The format.
-        base: 4-bit weights whose scales are kept where they have that format.
-        pool: Threads that use one core each. A step of the search handles a vector, too little to
-            share between cores: each takes outputs of its own.
+        base: The base's weight, if it is in 4 bits; its scales are kept where it has the format.
     """
 
     def __init__(
         self,
         inputs: MergeInputs,
-        group: LinearGroup,
+        linear: Linear,
+        group: GroupSearch,
         quantizer: Quantizer,
-        base: Mapping[str, QuantizedTensor],
-        pool: ThreadPoolExecutor,
+        base: QuantizedTensor | None,
     ) -> None:
-        self._linears = group.linears
-        self._sizes = [linear.out_features for linear in group.linears]
-        self._pool = pool
-        self._hessian_II = damp_(group.hessian_II)
-        self._feedback = make_feedback(self._hessian_II)
-        weights, merged = [], []
-        for linear in group.linears:
-            weight_OI = inputs.weights.read(linear.weight.name).float()
-            update = inputs.adapter.modules.get(linear.path)
-            weights.append(weight_OI)
-            merged.append(weight_OI if update is None else merged_weight(weight_OI, update))
-        self._templates = [
-            _template(weight, base.get(linear.weight.name), quantizer)
-            for weight, linear in zip(merged, group.linears, strict=True)
-        ]
-        self._weight_IO = _joined(merged)
-        self._update_IO = self._weight_IO - _joined(weights)
-        self._grid = make_grid(quantizer.book, _joined([_spread(t) for t in self._templates]))
-        starts = [template.dequantize(dtype=torch.float32) for template in self._templates]
-        self._start_IO = _joined(starts)
-        for linear in group.linears:
-            inputs.weights.release(linear.weight.name)
+        self._path = linear.path
+        self._group = group
+        self._update = inputs.adapter.modules.get(linear.path)
+        weight_OI = inputs.weights.read(linear.weight.name).float()
+        if self._update is not None:
+            weight_OI = merged_weight(weight_OI, self._update)
+        self._template = _template(weight_OI, base, quantizer)
+        self._weight_IO = weight_OI.T.contiguous()
+        self._grid = make_grid(quantizer.book, _spread(self._template).T.contiguous())
+        inputs.weights.release(linear.weight.name)
 
-    def run(self, residual_rank: int) -> GroupResult:
-        """Codes, and a residual of that rank unless it is 0."""
-        target_IO = self._weight_IO
-        if residual_rank:
-            target_IO = target_IO - _product(self._low_rank(self._update_IO, residual_rank))
-        values_IO, codes_IO = self._search(target_IO)
-        left_IO = self._weight_IO - values_IO
-        residual = {}
-        if residual_rank:
-            factors = self._low_rank(left_IO, residual_rank)
-            left_IO -= _product(factors)
-            for linear, (b_OR, a_RI) in zip(self._linears, factors, strict=True):
-                residual[linear.path] = LoraUpdate(a_RI, b_OR, float(len(a_RI)))
-        weights = {
-            linear.weight.name: replace(template, codes=_packed(codes))
-            for linear, template, codes in zip(
-                self._linears, self._templates, codes_IO.split(self._sizes, dim=1), strict=True
-            )
-        }
-        return GroupResult(weights, residual, self._errors(left_IO))
+    def run(self, residual_rank: int) -> Found:
+        """Codes, and a residual of that rank unless it is 0 or there is no update."""
+        target_IO, residual = self._weight_IO, None
+        rank = 0 if self._update is None else residual_rank
+        if rank:
+            b_OR, a_RI = self._group.low_rank(self._dense_update(), rank)
+            target_IO = torch.addmm(target_IO, a_RI.T, b_OR.T, alpha=-1)
+        start_IO = self._template.dequantize(dtype=torch.float32).T.contiguous()
+        left_IO, codes_IO = self._group.search(target_IO, self._grid, start_IO)
+        del target_IO, start_IO
+        torch.sub(self._weight_IO, left_IO, out=left_IO)
+        if rank:
+            b_OR, a_RI = self._group.low_rank(left_IO, rank)
+            left_IO.addmm_(a_RI.T, b_OR.T, alpha=-1)
+            residual = LoraUpdate(a_RI, b_OR, float(len(a_RI)))
+        weight = replace(self._template, codes=_packed(codes_IO))
+        return Found(weight, residual, self._error(left_IO))
 
-    def _search(self, target_IO: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and codes, `[I, O]` both."""
-        num_outputs = target_IO.shape[1]
-        each = min(MAX_OUTPUTS, -(-num_outputs // torch.get_num_threads()))
+    def _dense_update(self) -> Tensor:
+        if self._update is None:
+            return torch.zeros_like(self._weight_IO)
+        return (self._update.a_RI.T @ self._update.b_OR.T).mul_(self._update.scaling)
 
-        def part(begin: int) -> tuple[Tensor, Tensor]:
-            columns = slice(begin, begin + each)
-            grid = self._grid.select(slice(None), columns)
-            target, start = target_IO[:, columns], self._start_IO[:, columns]
-            values = search(target, grid, self._hessian_II, self._feedback, start)
-            return values, grid.encode(values)
-
-        parts = list(self._pool.map(part, range(0, num_outputs, each)))
-        values, codes = zip(*parts, strict=True)
-        return torch.cat(values, dim=1), torch.cat(codes, dim=1)
-
-    def _low_rank(self, matrix_IO: Tensor, rank: int) -> list[tuple[Tensor, Tensor]]:
-        lower_II = torch.linalg.cholesky(self._hessian_II)
-        return list(
-            self._pool.map(
-                lambda part_IO: weighted_low_rank(part_IO.T, lower_II, rank),
-                matrix_IO.split(self._sizes, dim=1),
-            )
+    def _error(self, left_IO: Tensor) -> OutputError:
+        left, whole, update = (
+            float(output_error(matrix_IO, self._group.hessian_II).sum())
+            for matrix_IO in (left_IO, self._weight_IO, self._dense_update())
         )
-
-    def _errors(self, left_IO: Tensor) -> list[OutputError]:
-        norms = [
-            [float(part.sum()) for part in output_error(m_IO, self._hessian_II).split(self._sizes)]
-            for m_IO in (left_IO, self._weight_IO, self._update_IO)
-        ]
-        return [
-            OutputError(linear.path, _root_ratio(left, whole), _root_ratio(left, update))
-            for linear, left, whole, update in zip(self._linears, *norms, strict=True)
-        ]
-
-
-def _product(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """`[I, O]` of all linears side by side."""
-    return torch.cat([(b_OR @ a_RI).T for b_OR, a_RI in factors], dim=1)
+        return OutputError(self._path, _root_ratio(left, whole), _root_ratio(left, update))
 
 
 def _template(
@@ -200,11 +199,6 @@ def _spread(quantized: QuantizedTensor) -> Tensor:
     """The scale of every element, `[O, I]`; blocks may cross rows."""
     repeated = quantized.scales.repeat_interleave(quantized.block_size)
     return repeated[: quantized.numel].view(quantized.shape)
-
-
-def _joined(matrices: Sequence[Tensor]) -> Tensor:
-    """`[O, I]` each -> `[I, O]`, so that one input's weights lie side by side."""
-    return torch.cat(list(matrices)).T.contiguous()
 
 
 def _packed(codes_IO: Tensor) -> Tensor:

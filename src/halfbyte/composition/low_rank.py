@@ -7,24 +7,31 @@ Dimension key:
 import torch
 from torch import Tensor
 
+from halfbyte.composition.code_search import Feedback
 from halfbyte.composition.compress import Limit, compress_dense
 
 
-def weighted_low_rank(matrix_OI: Tensor, lower_II: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def weighted_low_rank(matrix_OI: Tensor, feedback: Feedback, rank: int) -> tuple[Tensor, Tensor]:
     """Factors whose product changes the outputs as `matrix` does, as nearly as the rank allows.
 
-    With H = L Lᵀ the mean of `x xᵀ` over inputs, the mean squared difference of the outputs is
-    `|(M - B A) L|²`; so the singular vectors of `M L` decide, and A is brought back through L.
+    For any L with H = L Lᵀ the mean squared difference of the outputs is `|(M - B A) L|²`; so the
+    singular vectors of `M L` decide, and A is brought back through L. The factor of the inverse
+    that error feedback needs, U with H⁻¹ = Uᵀ U, gives L = U⁻¹ without another matrix of its size.
 
     Args:
         matrix_OI: float32.
-        lower_II: L, the lower Cholesky factor of H.
+        feedback: Of H, the mean of `x xᵀ` over inputs.
         rank: R; at most the smaller side is used.
 
     Returns:
         B `[O, R]` and A `[R, I]`, float32.
     """
-    found = compress_dense(matrix_OI @ lower_II, Limit(rank=min(rank, *matrix_OI.shape)))
+    order, upper_II = feedback.order, feedback.upper_II
+    weighted_OI = torch.linalg.solve_triangular(
+        upper_II, matrix_OI[:, order], upper=True, left=False
+    )
+    found = compress_dense(weighted_OI, Limit(rank=min(rank, *matrix_OI.shape)))
     (term,) = found.update.terms
-    a_RI = torch.linalg.solve_triangular(lower_II, term.a_RI, upper=False, left=False)
+    a_RI = torch.empty_like(term.a_RI)
+    a_RI[:, order] = term.a_RI @ upper_II
     return term.b_OR * term.weight, a_RI
