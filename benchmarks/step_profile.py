@@ -81,13 +81,14 @@ def main() -> None:
     decoder = load_decoder(arguments.model)
     adapter = attach_new_adapter(decoder, LoraSpec(rank=arguments.rank), seed=0)
     optimizer = hb.optim.make_optimizer("adamw", list(adapter.parameters.items()), lr=1e-4)
+    accumulator = optimizer.accumulator()
     recompute = len(decoder.layers) if arguments.recompute else 0
     passes = 3 if arguments.recompute else 2
     for documents in batches(arguments):
         batch = pack_documents(documents)
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             begin = time.perf_counter()
-            compute_gradients(decoder, [batch], adapter.parameters, recompute=recompute)
+            compute_gradients(decoder, [batch], accumulator, recompute=recompute)
             optimizer.step()
             total = time.perf_counter() - begin
     parts: dict[str, float] = defaultdict(float)

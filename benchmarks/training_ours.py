@@ -41,12 +41,13 @@ def main() -> None:
     spec = LoraSpec(rank=arguments.rank, alpha=2 * arguments.rank)
     adapter = attach_new_adapter(decoder, spec, seed=0)
     optimizer = hb.optim.make_optimizer("adamw", list(adapter.parameters.items()), lr=1e-4)
+    accumulator = optimizer.accumulator()
     recompute = len(decoder.layers) if arguments.recompute else 0
     steps = []
     for documents in batches(arguments):
         batch = pack_documents(documents)
         begin = time.perf_counter()
-        compute_gradients(decoder, [batch], adapter.parameters, recompute=recompute)
+        compute_gradients(decoder, [batch], accumulator, recompute=recompute)
         optimizer.step()
         steps.append([batch.num_targets, time.perf_counter() - begin])
     print(json.dumps(steps))
