@@ -9,6 +9,7 @@ resident set that the system counted for the process, seen from outside. Cases:
 
     4x512, 1x2048, 1x512   documents and their tokens, loss on all; target tokens a second
     ...-recompute          the same with every layer's activations computed again
+    ...-fp32               both compute in float32: faster for the peer without 16-bit instructions
     ...-lora               ours on 4 bits against ours on the 16-bit base
     e2e                    rows of --data (prompt and completion) in batches of 8, the peer's
                            padded to the longest, ours packed
@@ -100,6 +101,7 @@ def compare(case: str, options: argparse.Namespace) -> Comparison:
     common = [f"--steps={options.steps}"]
     common += [f"--data={options.data}"] if shape == "e2e" else [f"--shape={shape}"]
     common += ["--recompute"] if variant == "recompute" else []
+    common += ["--dtype=float32"] if variant == "fp32" else []
     four_bits, sixteen_bits = str(options.model_nf4), str(options.model_16bit)
     pairs = []
     for _ in range(options.turns):

@@ -37,7 +37,8 @@ def pack_documents(documents: list[Document]) -> Batch:
 def main() -> None:
     """Take the steps."""
     arguments = parse_arguments(__doc__)
-    decoder = load_decoder(arguments.model)
+    dtype = getattr(torch, arguments.dtype)
+    decoder = load_decoder(arguments.model, compute_dtype=dtype)
     spec = LoraSpec(rank=arguments.rank, alpha=2 * arguments.rank)
     adapter = attach_new_adapter(decoder, spec, seed=0)
     optimizer = hb.optim.make_optimizer("adamw", list(adapter.parameters.items()), lr=1e-4)

@@ -33,16 +33,17 @@ def main() -> None:
     """Take the steps."""
     warnings.simplefilter("ignore")
     arguments = parse_arguments(__doc__)
+    dtype = getattr(torch, arguments.dtype)
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model,
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
         ),
         device_map="cpu",
-        dtype=torch.bfloat16,
+        dtype=dtype,
     )
     model = prepare_model_for_kbit_training(
         model,
@@ -63,7 +64,7 @@ def main() -> None:
         batch = pad_documents(documents)
         num_targets = int((batch["labels"][:, 1:] != IGNORED).sum())
         begin = time.perf_counter()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()

@@ -17,6 +17,7 @@ from halfbyte.composition.merge_job import MergeJob, Outcome, Progress, adapter_
 from halfbyte.composition.texts import Text, Texts
 from halfbyte.errors import UsageError
 from halfbyte.formats.shards import DEFAULT_SHARD_BYTES
+from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.models.sources import json_bytes, require_apart
 from halfbyte.storage.atomic import new_directory, write_file
 
@@ -95,6 +96,7 @@ def merge(
     inputs = open_merge(model, adapter, base_weights=base_weights)
     _check_rank(residual_rank, inputs.adapter)
     texts = Texts.read(inputs.base, calibration, probe)
+    return_freed_memory()  # logits and searched weights come and go by the hundred
     begin = time.monotonic()
     try:
         with new_directory(out, replace=replace) as directory:

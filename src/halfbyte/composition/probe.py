@@ -22,7 +22,7 @@ from halfbyte.layers.lora import Mix
 from halfbyte.layers.weights import NO_LAYER
 from halfbyte.models.decoder import Decoder
 
-CHUNK_ROWS = 256
+CHUNK_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,7 +123,6 @@ def _measure_batch(
     for chunk in _chunks(len(rows)):
         targets_C1 = batch.targets[rows[chunk], None]
         expected_CV = _log_probabilities(everyone[""], features[""][chunk])
-        probabilities_CV = expected_CV.exp()
         for name, subject in everyone.items():
             found_CV = (
                 expected_CV if not name else _log_probabilities(subject, features[name][chunk])
@@ -131,7 +130,8 @@ def _measure_batch(
             each = sums[name]
             each.losses.append(-found_CV.gather(1, targets_C1)[:, 0].double())
             each.num_changed += int((found_CV.argmax(1) != expected_CV.argmax(1)).sum())
-            each.divergence += float((probabilities_CV * (expected_CV - found_CV)).double().sum())
+            divergence_CV = expected_CV.exp().mul_(expected_CV - found_CV)
+            each.divergence += float(divergence_CV.sum(dtype=torch.float64))
 
 
 def _log_probabilities(subject: Subject, features_CD: Tensor) -> Tensor:
