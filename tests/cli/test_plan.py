@@ -90,16 +90,17 @@ def test_a_tiny_run_takes_what_was_predicted(tmp_path: Path) -> None:
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_a_real_run_takes_what_was_predicted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "budget", [pytest.param("4GB", id="all-kept"), pytest.param("800MB", id="some-recomputed")]
+)
+def test_a_real_run_takes_what_was_predicted(tmp_path: Path, budget: str) -> None:
     model = tmp_path / "model"
     assert app.run(["quantize", str(smollm2_gguf()), str(model)]) == 0
     data = make_data(tmp_path / "data.jsonl")
     settings = [
-        "training.max_steps=1", "training.tokens_per_step=500", "training.compute_dtype=fp32",
-        "memory.budget=4GB",
+        # Two steps: the first takes less, there is no optimizer state yet.
+        "training.max_steps=2", "training.tokens_per_step=450", "training.compute_dtype=fp32",
+        f"memory.budget={budget}", "memory.recompute=auto",
     ]  # fmt: skip
     arguments = ["--model", str(model), "--data", str(data), *settings]
-    measured, predicted = measured_and_predicted(tmp_path / "run", arguments)
-    # Never less than the run takes. The promise above that, 5 %, is not kept here yet: 7 and 9 %
-    # where it was measured.
-    assert measured <= predicted <= 1.15 * measured
+    assert_kept(*measured_and_predicted(tmp_path / "run", arguments))

@@ -16,6 +16,7 @@ class FakeProbe:
     """Stands in for `run_probe`; remembers what it was asked for."""
 
     num_layers: int = 2
+    scoring: int = 100_000  # bytes a row in an evaluation
     requests: list[ProbeRequest] = field(default_factory=list)
 
     def __call__(self, request: ProbeRequest) -> ProbeReport:
@@ -24,7 +25,10 @@ class FakeProbe:
         steps = tuple(
             self.step(shape.num_tokens, recompute, shape.num_targets) for shape in request.shapes
         )
-        return ProbeReport(steps, {"gradients": PERMANENT}, warm_seconds=0.1)
+        evaluations = tuple(self.evaluation(s.num_tokens, s.num_targets) for s in request.shapes)
+        return ProbeReport(
+            steps, evaluations if request.evaluate else (), {"gradients": PERMANENT}, 0.1
+        )
 
     def step(self, tokens: int, recompute: int, rows: int = LOSS_ROWS) -> StepMemory:
         # The last layer's activations are there when its backward begins, kept or not.
@@ -32,3 +36,8 @@ class FakeProbe:
         at_end = max(kept, PERMANENT + tokens * ((self.num_layers - 1) * RECOMPUTED + KEPT))
         peaks = (kept, kept + rows * LOGITS, at_end + tokens * BACKWARD, PERMANENT)
         return StepMemory(tokens, recompute, rows, peaks, kept, tokens * SECONDS + 0.1)
+
+    def evaluation(self, tokens: int, rows: int) -> StepMemory:
+        kept = PERMANENT + tokens * RECOMPUTED
+        peaks = (kept + tokens * KEPT, kept + self.scoring * rows)
+        return StepMemory(tokens, 0, rows, peaks, kept, tokens * SECONDS)

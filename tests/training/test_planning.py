@@ -19,6 +19,7 @@ from halfbyte.training.config import Config
 from halfbyte.training.methods import open_base
 from halfbyte.training.plan import DiskNeed, planned_peak
 from halfbyte.training.planning import Planner
+from halfbyte.training.prediction import FIXED_ALLOWANCE, GROWING_ALLOWANCE
 from halfbyte.training.probe import ProbeRequest
 from halfbyte.training.progress import Silent
 from halfbyte.training.run import resume, train
@@ -142,6 +143,21 @@ def test_all_layers_and_small_batches_are_probed_as_they_are(
     assert request.accumulate
 
 
+def test_an_evaluation_can_be_the_peak(tmp_path: Path, probe: FakeProbe) -> None:
+    before = plan_run(make_config(tmp_path, *BIG))[0].peak_bytes
+    probe.scoring = 10 * MB
+    config = make_config(tmp_path, *BIG)
+    held_out = open_run_data(config, Tokenizer.load(config.model)).held_out
+    assert held_out is not None
+    # All rows of logits of a vocabulary of 400 are there at once.
+    taken = max(probe.evaluation(held_out.num_tokens, held_out.num_targets).peaks)
+    expected = resident().total + taken * (1 + GROWING_ALLOWANCE) + FIXED_ALLOWANCE
+    assert plan_run(config)[0].peak_bytes == pytest.approx(expected, rel=0.02)
+    alone = plan_run(make_config(tmp_path, *BIG, "data.eval_fraction=0"))[0].peak_bytes
+    assert alone == pytest.approx(before, rel=0.1)  # a little more is trained on then
+    assert [request.evaluate for request in probe.requests] == [True, True, False]
+
+
 def test_time_follows_from_the_probe(tmp_path: Path, probe: FakeProbe) -> None:
     plan, _ = plan_run(make_config(tmp_path, "training.tokens_per_step=128"))
     mean = planner(tmp_path, "training.tokens_per_step=128").workload
@@ -186,7 +202,7 @@ def test_disk_is_checked_before_the_start(tmp_path: Path, monkeypatch: pytest.Mo
 
 def probe_request(tmp_path: Path) -> ProbeRequest:
     shapes = (MicroBatchShape((8,), 4), MicroBatchShape((16,), 8))
-    return ProbeRequest(make_config(tmp_path), shapes, (0,), False, 1, tmp_path)
+    return ProbeRequest(make_config(tmp_path), shapes, (0,), False, False, 1, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.data.batch import evaluation_batches
 from halfbyte.data.packing import PackingOptions
 from halfbyte.data.steps import StepStream
 from halfbyte.text.tokenizer import Tokenizer
 from halfbyte.training.prediction import FIXED_ALLOWANCE, GROWING_ALLOWANCE, StepModel
 from halfbyte.training.probe import StepMemory
 from halfbyte.training.run_data import open_run_data
-from halfbyte.training.shapes import MicroBatchShape, measure_workload
+from halfbyte.training.shapes import MicroBatchShape, measure_evaluation, measure_workload
 from training.fake_probe import LOSS_ROWS, FakeProbe
 from training.tiny_run import make_config
 
@@ -42,6 +43,14 @@ def test_recomputed_layers_lie_on_a_line(layers: int) -> None:
     )
 
 
+def test_gradients_that_are_not_there_yet_are_taken_off_until_they_come() -> None:
+    step = StepMemory(10, 0, 1, (500, 700, 690, 650, 600), 500, 1.0)
+    # Of 100 bytes, 75 are not there at the second place, 50 at the third and none at the last.
+    peak = StepModel(1, (step,)).peak(10, 0, absent_gradients=100)
+    assert peak == round(with_allowance(690 - 50))
+    assert StepModel(1, (step,)).peak(10, 0) == round(with_allowance(700))
+
+
 def test_steps_with_different_places_are_compared_as_wholes() -> None:
     small, large = StepMemory(10, 0, 1, (5, 9), 5, 1.0), StepMemory(20, 0, 1, (5, 10, 19), 5, 1.0)
     assert StepModel(1, (small, large)).peak(30, 0) == round(with_allowance(29))
@@ -70,6 +79,7 @@ def test_resized_shapes_have_the_tokens_and_the_mix() -> None:
         assert 1 <= resized.num_targets <= tokens
     half = MicroBatchShape((100, 300), 200).resized(40)
     assert half == MicroBatchShape((10, 30), 20)
+    assert MicroBatchShape((100, 300), 200).resized(40, 7).num_targets == 7
 
 
 def test_the_workload_is_that_of_the_stream(tmp_path: Path) -> None:
@@ -85,6 +95,21 @@ def test_the_workload_is_that_of_the_stream(tmp_path: Path) -> None:
     assert work.largest.num_targets in {batch.num_targets for batch in batches}
     # All logits of such a vocabulary are there at once.
     assert work.loss_rows == max(batch.num_targets for batch in batches)
-    assert work.num_micro_batches == max(len(step.micro_batches) for step in steps)
+    assert work.most_first == max(step.micro_batches[0].num_tokens for step in steps)
+    assert work.most_later == max(
+        batch.num_tokens for step in steps for batch in step.micro_batches[1:]
+    )
     assert work.total_micro_batches == len(batches)
     assert work.num_tokens == sum(step.num_tokens for step in steps)
+
+
+def test_the_largest_evaluation_is_that_of_its_batches(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    held_out = open_run_data(config, Tokenizer.load(config.model)).held_out
+    assert held_out is not None
+    batches = list(evaluation_batches(held_out, 100))
+    assert len(batches) > 1
+    assert measure_evaluation(held_out, 100, vocabulary=400) == (
+        max(batch.num_tokens for batch in batches),
+        max(batch.num_targets for batch in batches),
+    )

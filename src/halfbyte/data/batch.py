@@ -89,18 +89,24 @@ def evaluation_batches(dataset: Dataset, micro_batch_tokens: int) -> Iterator[Ba
     Raises:
         DataError: A document is longer than a batch.
     """
-    documents: list[int] = []
-    used = 0
-    for document, length in enumerate(dataset.lengths.tolist()):
+    lengths = dataset.lengths.tolist()
+    for document, length in enumerate(lengths):
         if length > micro_batch_tokens:
             raise DataError(
                 f"{dataset.origin(document)}: {length} tokens, more than "
                 f"training.micro_batch_tokens = {micro_batch_tokens}"
             )
-        if used + length > micro_batch_tokens:
-            yield build_batch(dataset, documents)
-            documents, used = [], 0
-        documents.append(document)
-        used += length
-    if documents:
+    for documents in evaluated_together(lengths, micro_batch_tokens):
         yield build_batch(dataset, documents)
+
+
+def evaluated_together(lengths: Sequence[int], micro_batch_tokens: int) -> Iterator[range]:
+    """Documents of each batch of an evaluation, from their lengths, none above the budget."""
+    first = used = 0
+    for document, length in enumerate(lengths):
+        if used + length > micro_batch_tokens:
+            yield range(first, document)
+            first, used = document, 0
+        used += length
+    if used:
+        yield range(first, len(lengths))

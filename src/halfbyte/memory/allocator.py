@@ -18,16 +18,26 @@ KEPT_BYTES = 4 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def return_freed_memory() -> bool:
+def return_freed_memory(threshold: int = THRESHOLD_BYTES) -> bool:
     """Fix the threshold for the rest of the process, and give back what is free.
+
+    Args:
+        threshold: In bytes.
 
     Returns:
         Whether the C library has such a setting; it is glibc's.
     """
     library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
+    if not hasattr(library, "mallopt"):
         return False
-    fixed = library.mallopt(_M_MMAP_THRESHOLD, THRESHOLD_BYTES)
+    fixed = library.mallopt(_M_MMAP_THRESHOLD, threshold)
     kept = library.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
-    library.malloc_trim(0)
+    trim_heap()
     return bool(fixed and kept)
+
+
+def trim_heap() -> None:
+    """Give back the free pages between small blocks, which no threshold reaches; a millisecond."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)

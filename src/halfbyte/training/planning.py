@@ -1,7 +1,7 @@
 """Planning a run: measure a few small steps, predict its own, and see what fits.
 
 The peak of a run is what this process holds before anything is trained (interpreter, libraries,
-data), plus what a probe process took from the same point on. Evaluations need less than steps.
+data), plus what a probe process took from the same point on, in steps and in evaluations.
 """
 
 import time
@@ -14,6 +14,7 @@ from halfbyte.adapters.spec import resolve_targets
 from halfbyte.data.packing import PackingOptions
 from halfbyte.data.steps import StepStream
 from halfbyte.errors import DoesNotFitError
+from halfbyte.layers.cross_entropy import default_chunk_rows
 from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.memory.available import available_memory
 from halfbyte.memory.resident import resident
@@ -26,10 +27,10 @@ from halfbyte.training.probe import ProbeReport, ProbeRequest
 from halfbyte.training.probing import nearest_directory, run_probe
 from halfbyte.training.run_data import RunData
 from halfbyte.training.session import count_steps
-from halfbyte.training.shapes import MicroBatchShape, Workload, measure_workload
+from halfbyte.training.shapes import MicroBatchShape, Workload, measure_evaluation, measure_workload
 
-SMALL_TOKENS, LARGE_TOKENS = 128, 320
-"""Tokens of the two probed micro-batches: enough for kernels to take the ways of large ones."""
+SMALL_TOKENS, LARGE_TOKENS = 192, 384
+"""Tokens of the two probed micro-batches. Below some 160 kernels and allocator take other ways."""
 
 MOST_TOKENS = 2**20
 """Where the search for the largest micro-batch ends."""
@@ -94,6 +95,11 @@ class Planner:
         self.workload: Workload = measure_workload(
             data.train, options, self.num_steps, base.config.vocabulary_size
         )
+        self._held_out = (
+            None
+            if data.held_out is None
+            else measure_evaluation(data.held_out, micro_batch_tokens, base.config.vocabulary_size)
+        )
         self.num_layers = len(base.layers)
         self._reports: dict[int, ProbeReport] = {}
         self._probe_seconds = 0.0
@@ -112,7 +118,7 @@ class Planner:
         tokens = self.workload.largest.num_tokens
         model = self._model(recompute)
         report = next(iter(self._reports.values()))
-        peak = self._peak(tokens, recompute)
+        peak = self._peak_of_run(recompute)
         return Plan(
             peak_bytes=peak,
             parts=self._parts(report, model.kept(tokens, recompute), peak),
@@ -131,13 +137,12 @@ class Planner:
 
     def fewest_recomputed(self) -> int | None:
         """The fewest recomputed layers with which the run fits; None when it never does."""
-        tokens = self.workload.largest.num_tokens
-        if self._peak(tokens, 0) <= self.limit.num_bytes:
+        if self._peak_of_run(0) <= self.limit.num_bytes:
             return 0
         fitting = (
             count
             for count in range(1, self.most_recomputed + 1)
-            if self._peak(tokens, count) <= self.limit.num_bytes
+            if self._peak_of_run(count) <= self.limit.num_bytes
         )
         return next(fitting, None)
 
@@ -186,9 +191,33 @@ class Planner:
         return StepModel(self.workload.loss_rows, few.steps, many.steps)
 
     def _peak(self, num_tokens: int, recompute: int) -> int:
+        """Of a run whose largest micro-batch has so many tokens."""
         model = self._model(recompute)
-        taken = max(model.peak(num_tokens, recompute), model.permanent + END_BYTES)
+        taken = max(
+            model.peak(num_tokens, recompute),
+            model.permanent + END_BYTES,
+            self._evaluation_peak(num_tokens),
+        )
         return max(self._held.total + taken, self._held.peak)
+
+    def _evaluation_peak(self, num_tokens: int) -> int:
+        """Above what is held; batches of an evaluation are as large as micro-batches may be."""
+        if self._held_out is None:
+            return 0
+        most_tokens, rows = self._held_out
+        evaluations = next(iter(self._reports.values())).evaluations
+        return StepModel(rows, evaluations).peak(min(num_tokens, most_tokens), 0)
+
+    def _peak_of_run(self, recompute: int) -> int:
+        """Gradients of earlier micro-batches are there in all but the first of a step."""
+        work, model = self.workload, self._model(recompute)
+        evaluation = self._held.total + self._evaluation_peak(self._micro_batch_tokens)
+        if not work.most_later:
+            return max(self._peak(work.most_first, recompute), evaluation)
+        gradients = next(iter(self._reports.values())).parts["gradients"]
+        first = model.peak(work.most_first, recompute, absent_gradients=gradients)
+        later = self._peak(work.most_later, recompute)
+        return max(later, self._held.total + first, evaluation)
 
     def _measured(self, recompute: int) -> ProbeReport:
         if recompute in self._reports:
@@ -201,7 +230,8 @@ class Planner:
                 config=config,
                 shapes=self._probed_shapes(),
                 recompute=(recompute,),
-                accumulate=self.workload.num_micro_batches > 1,
+                accumulate=self.workload.most_later > 0,
+                evaluate=self._held_out is not None,
                 num_threads=torch.get_num_threads(),
                 directory=directory,
             )
@@ -219,13 +249,18 @@ class Planner:
         if grows_faster or largest.num_tokens <= LARGE_TOKENS:
             half = max(largest.num_tokens // 2, 2)
             return (largest.resized(half), largest)
-        return tuple(largest.resized(size) for size in (SMALL_TOKENS, LARGE_TOKENS))
+        # One chunk of logits in both, and of different sizes, to see what a row of them takes.
+        chunk = default_chunk_rows(shape.vocabulary_size)
+        return (
+            largest.resized(SMALL_TOKENS, max(chunk // 2, 1)),
+            largest.resized(LARGE_TOKENS, chunk),
+        )
 
     def _seconds_per_step(self, model: StepModel, report: ProbeReport, recompute: int) -> float:
         """By the mean micro-batch; what accumulating added to the probe is taken off."""
         work = self.workload
         mean = round(work.num_tokens / work.total_micro_batches)
-        extra = report.warm_seconds if work.num_micro_batches > 1 else 0.0
+        extra = report.warm_seconds if work.most_later else 0.0
         one = max(model.seconds(mean, recompute) - extra, 0.0)
         return one * work.total_micro_batches / self.num_steps
 

@@ -16,6 +16,7 @@ import json
 import resource
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,9 +37,11 @@ from halfbyte.layers.weights import Weight, WeightRef, WeightStore
 from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.memory.available import available_memory
 from halfbyte.memory.resident import kilobyte_lines, reset_peak, resident
+from halfbyte.models.decoder import Decoder
 from halfbyte.models.layout import layout_of
 from halfbyte.training.choices import Choices
 from halfbyte.training.config import Config
+from halfbyte.training.held_out import score_held_out
 from halfbyte.training.interruption import StopRequest
 from halfbyte.training.methods import TrainedModel, attach_trained, open_base
 from halfbyte.training.progress import Record, Silent
@@ -48,6 +51,10 @@ from halfbyte.training.trainer import Trainer
 
 WARM_TOKENS = 32
 """Of the micro-batch that makes gradients, optimizer state and workspaces before the others."""
+
+BLOCK_BYTES = 16 * 2**10
+"""Blocks from this size on come straight from the system: in small steps, too, most of them should,
+as in the steps to predict."""
 
 NEVER = 10**9
 
@@ -61,6 +68,7 @@ class ProbeRequest:
         shapes: Micro-batches to take a step with.
         recompute: Numbers of recomputed layers to do it with.
         accumulate: Whether gradients of an earlier micro-batch are there meanwhile.
+        evaluate: Whether to score the micro-batches, too, as an evaluation does.
         num_threads: Of PyTorch.
         directory: On the disk of the run, for what the steps write.
     """
@@ -69,6 +77,7 @@ class ProbeRequest:
     shapes: tuple[MicroBatchShape, ...]
     recompute: tuple[int, ...]
     accumulate: bool
+    evaluate: bool
     num_threads: int
     directory: Path
 
@@ -100,11 +109,13 @@ class ProbeReport:
 
     Attributes:
         steps: Shape by shape for each number of recomputed layers.
+        evaluations: Shape by shape, if wanted.
         parts: What is permanent, by name.
         warm_seconds: Of a step with `WARM_TOKENS`.
     """
 
     steps: tuple[StepMemory, ...]
+    evaluations: tuple[StepMemory, ...]
     parts: dict[str, int]
     warm_seconds: float
 
@@ -124,8 +135,9 @@ class _Places:
         self._start = start
         self.begin()
 
-    def begin(self) -> None:
-        """A step begins."""
+    def begin(self, *, one_pass: bool = False) -> None:
+        """A step of any number of micro-batches begins, or something with one."""
+        self._one_pass = one_pass
         self.peaks: dict[int, int] = {}
         self.kept = 0
         self._place = 0
@@ -139,7 +151,12 @@ class _Places:
         reset_peak()
 
     def begin_loss(self) -> None:
-        """The first place of a micro-batch: what has passed before counts to its forward."""
+        """The first place of a micro-batch: what has passed before counts to its forward.
+
+        An evaluation asks for the head at every chunk; only the first is such a place.
+        """
+        if self._one_pass and self.kept:
+            return
         self._place = 0
         self.kept = max(self.kept, resident().total - self._start)
         self.pass_by()
@@ -216,7 +233,7 @@ def probe(request: ProbeRequest) -> ProbeReport:
     """Measure in this process, which should have done nothing else."""
     torch.set_num_threads(request.num_threads)
     base = open_base(request.config)
-    return_freed_memory()
+    return_freed_memory(BLOCK_BYTES)
     start, mapped = resident().total, resident().file
     model = attach_trained(base, request.config)
     places = _Places(start)
@@ -264,7 +281,30 @@ def probe(request: ProbeRequest) -> ProbeReport:
         "optimizer state": session.optimizer.stats().resident_bytes,
         "workspace": workspace.held_bytes(),
     }
-    return ProbeReport(tuple(measured[1:]), parts, measured[0].seconds)
+    evaluated = batches[1 : 1 + len(request.shapes)] if request.evaluate else []
+    return ProbeReport(
+        steps=tuple(measured[1:]),
+        evaluations=tuple(_evaluate(model.decoder, batch, places) for batch in evaluated),
+        parts=parts,
+        warm_seconds=measured[0].seconds,
+    )
+
+
+def _evaluate(decoder: Decoder, batch: Batch, places: _Places) -> StepMemory:
+    """Score a batch; all that happens after its forward counts as the loss."""
+    begin = time.perf_counter()
+    places.begin(one_pass=True)
+    score_held_out(decoder, [batch])
+    places.pass_by()
+    forward, *scoring = (places.peaks[place] for place in sorted(places.peaks))
+    return StepMemory(
+        num_tokens=batch.num_tokens,
+        recompute=0,
+        loss_rows=rows_at_once(batch.num_targets, decoder.config.vocabulary_size),
+        peaks=(forward, max(scoring)),
+        kept=places.kept,
+        seconds=time.perf_counter() - begin,
+    )
 
 
 def _watch_gradients(model: TrainedModel, places: _Places) -> None:
@@ -329,6 +369,7 @@ def _read_request(text: str) -> ProbeRequest:
         shapes=tuple(shapes),
         recompute=tuple(content["recompute"]),
         accumulate=content["accumulate"],
+        evaluate=content["evaluate"],
         num_threads=content["num_threads"],
         directory=Path(content["directory"]),
     )

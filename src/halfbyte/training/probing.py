@@ -24,6 +24,7 @@ def run_probe(request: ProbeRequest) -> ProbeReport:
         "shapes": [asdict(shape) for shape in request.shapes],
         "recompute": request.recompute,
         "accumulate": request.accumulate,
+        "evaluate": request.evaluate,
         "num_threads": request.num_threads,
         "directory": str(request.directory),
     }
@@ -59,12 +60,17 @@ def nearest_directory(path: Path) -> Path:
 
 
 def _read_report(answer: Mapping[str, object]) -> ProbeReport:
-    steps, parts, seconds = (answer[name] for name in ("steps", "parts", "warm_seconds"))
-    assert isinstance(steps, list)  # noqa: S101  (our own process wrote it)
-    assert isinstance(parts, dict)  # noqa: S101
+    parts, seconds = answer["parts"], answer["warm_seconds"]
+    assert isinstance(parts, dict)  # noqa: S101  (our own process wrote it)
     assert isinstance(seconds, float)  # noqa: S101
     return ProbeReport(
-        steps=tuple(StepMemory(**{**step, "peaks": tuple(step["peaks"])}) for step in steps),
+        steps=_read_steps(answer["steps"]),
+        evaluations=_read_steps(answer["evaluations"]),
         parts=parts,
         warm_seconds=seconds,
     )
+
+
+def _read_steps(content: object) -> tuple[StepMemory, ...]:
+    assert isinstance(content, list)  # noqa: S101  (our own process wrote it)
+    return tuple(StepMemory(**{**step, "peaks": tuple(step["peaks"])}) for step in content)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+from halfbyte.data.batch import evaluated_together
 from halfbyte.data.dataset import Dataset
 from halfbyte.data.packing import PackingOptions, pack, plan_epoch
 from halfbyte.layers.cross_entropy import rows_at_once
@@ -30,8 +31,13 @@ class MicroBatchShape:
         """Of all documents together."""
         return sum(self.lengths)
 
-    def resized(self, num_tokens: int) -> "MicroBatchShape":
-        """About the same mix of documents in exactly that many tokens, at least 2."""
+    def resized(self, num_tokens: int, max_targets: int | None = None) -> "MicroBatchShape":
+        """About the same mix of documents in exactly that many tokens, at least 2.
+
+        Args:
+            num_tokens: Of the new shape.
+            max_targets: Targets that it may have.
+        """
         count = min(len(self.lengths), num_tokens // 2)
         totals = list(accumulate(self.lengths[:count]))
         ends = [0]
@@ -40,7 +46,8 @@ class MicroBatchShape:
             ends.append(min(max(end, ends[-1] + 1), num_tokens - (count - 1 - index)))
         lengths = tuple(end - begin for begin, end in pairwise(ends))
         wanted = round(num_tokens * self.num_targets / self.num_tokens)
-        return MicroBatchShape(lengths, max(min(wanted, num_tokens - count), 1))
+        most = num_tokens - count if max_targets is None else min(max_targets, num_tokens - count)
+        return MicroBatchShape(lengths, max(min(wanted, most), 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +56,17 @@ class Workload:
 
     Attributes:
         largest: The micro-batch with the most tokens.
+        most_first: Most tokens of the first micro-batch of a step, when there are no gradients.
+        most_later: Most tokens of any other; 0 when steps have one micro-batch.
         loss_rows: The most targets of any micro-batch whose logits are there at once.
-        num_micro_batches: Of the largest step.
         num_tokens: Of all steps together.
         total_micro_batches: Of all steps together.
     """
 
     largest: MicroBatchShape
+    most_first: int
+    most_later: int
     loss_rows: int
-    num_micro_batches: int
     num_tokens: int
     total_micro_batches: int
 
@@ -68,26 +77,28 @@ def measure_workload(
     """Go through the steps of a run as they will come; after `MAX_STEPS`, by proportion."""
     looked_at = min(num_steps, MAX_STEPS)
     largest = MicroBatchShape((0,), 0)
-    loss_rows = most_batches = num_tokens = num_batches = 0
+    most = {True: 0, False: 0}
+    loss_rows = num_tokens = num_batches = 0
     targets = dataset.store.num_targets[dataset.index]
     for step in _steps(dataset, options, looked_at):
         lengths = dataset.lengths[step].tolist()
         batches = pack(lengths, options.micro_batch_tokens)
-        most_batches = max(most_batches, len(batches))
         num_batches += len(batches)
         num_tokens += sum(lengths)
-        for positions in batches:
+        for index, positions in enumerate(batches):
             shape = MicroBatchShape(
                 tuple(lengths[position] for position in positions),
                 int(targets[[step[position] for position in positions]].sum()),
             )
             loss_rows = max(loss_rows, rows_at_once(shape.num_targets, vocabulary))
+            most[index == 0] = max(most[index == 0], shape.num_tokens)
             largest = max(largest, shape, key=lambda each: each.num_tokens)
     factor = num_steps / looked_at
     return Workload(
         largest=largest,
+        most_first=most[True],
+        most_later=most[False],
         loss_rows=loss_rows,
-        num_micro_batches=most_batches,
         num_tokens=round(factor * num_tokens),
         total_micro_batches=round(factor * num_batches),
     )
@@ -104,3 +115,16 @@ def _steps(dataset: Dataset, options: PackingOptions, num_steps: int) -> Iterato
             yield plan.documents(step).tolist()
             given += 1
         epoch += 1
+
+
+def measure_evaluation(
+    dataset: Dataset, micro_batch_tokens: int, vocabulary: int
+) -> tuple[int, int]:
+    """Most tokens of a batch of an evaluation, and most targets whose logits are there at once."""
+    targets = dataset.store.num_targets[dataset.index].tolist()
+    most_tokens = most_rows = 0
+    for documents in evaluated_together(dataset.lengths.tolist(), micro_batch_tokens):
+        count = sum(targets[document] for document in documents)
+        most_tokens = max(most_tokens, int(dataset.lengths[list(documents)].sum()))
+        most_rows = max(most_rows, rows_at_once(count, vocabulary) if count else 0)
+    return most_tokens, most_rows

@@ -12,6 +12,7 @@ from halfbyte.data.batch import Batch, evaluation_batches
 from halfbyte.data.steps import Step
 from halfbyte.errors import HalfbyteError, StorageError, TrainingError
 from halfbyte.layers.lora import fold_seed
+from halfbyte.memory.allocator import trim_heap
 from halfbyte.memory.resident import PeakSampler, peak_bytes
 from halfbyte.memory.stats import PoolStats
 from halfbyte.training.checkpoint import prune_checkpoints, write_checkpoint
@@ -191,6 +192,7 @@ class Trainer:
         def around(batch: Batch) -> Iterator[None]:
             with room.around(batch.num_tokens):
                 yield
+            trim_heap()
             if self._stop.pending:
                 raise _Stop
 
