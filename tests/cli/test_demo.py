@@ -11,8 +11,10 @@ from gguf import GGUFWriter
 
 from halfbyte.cli import app, demo, demo_data, demo_model
 from halfbyte.errors import MissingFileError, StorageError, VerificationError
+from halfbyte.training import planning
 from models.test_gguf_tokenizer import byte_letters
 from tiny_tokenizers import TEMPLATES
+from training.fake_probe import FakeProbe
 
 LAYER: dict[str, tuple[int, ...]] = {
     "attn_norm": (64,),
@@ -93,6 +95,7 @@ def test_demo(
     monkeypatch.setenv(demo_model.MODEL_VARIABLE, str(model))
     monkeypatch.setattr(demo_data.sysconfig, "get_path", lambda name: str(library))
     monkeypatch.setattr(demo_data, "NUM_HELD_OUT", 8)
+    monkeypatch.setattr(planning, "run_probe", FakeProbe())
     out = tmp_path / "out"
     assert app.run(["demo", "--out", str(out), "--steps", "3", "--json"]) == 0
     captured = capsys.readouterr()
@@ -106,7 +109,8 @@ def test_demo(
     assert 0.08 < total["relative_rms_error"] < 0.11  # NF4 of normal weights: 9 %
     before, after = record["eval_loss"]
     assert after < before
-    assert record["peak_bytes"] > 0
+    assert record["planned_bytes"] >= record["peak_bytes"] > 0
+    assert "memory: planned " in captured.err
     assert {sample["step"] for sample in record["samples"]} == {0, 3}
     assert record["run"] == str(out / "run")
     assert (out / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -184,3 +188,4 @@ def test_demo_on_the_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert errors["nf4"] < errors["int4"] < errors["fp4"]
     before, after = record["eval_loss"]
     assert after < before - 0.5
+    assert record["planned_bytes"] >= record["peak_bytes"]

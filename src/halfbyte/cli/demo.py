@@ -99,6 +99,7 @@ def _train(output: Output, out: Path, steps: int) -> "RunResult":
             out=_new_run(out),
             observer=observer,
             lora={"rank": 16},
+            memory={"recompute": "auto"},  # which plans the memory
             training={
                 "max_steps": steps,
                 "tokens_per_step": 640,
@@ -122,7 +123,9 @@ def _new_run(out: Path) -> Path:
 
 
 def _show(output: Output, result: "RunResult", pairs: Pairs) -> dict[str, JsonValue]:
+    from halfbyte.memory.resident import peak_bytes
     from halfbyte.training.metrics import METRICS_FILE, read_records
+    from halfbyte.training.plan import planned_peak
     from halfbyte.training.samples import SAMPLES_FILE
 
     records = list(read_records(result.directory / METRICS_FILE))
@@ -155,12 +158,14 @@ def _show(output: Output, result: "RunResult", pairs: Pairs) -> dict[str, JsonVa
         ):
             output.text(f"    {label + ':':<15}{' '.join(text.split())}")
         output.text()
-    peak = max(int(str(r.get("peak_bytes", 0))) for r in records)
-    output.text(f"peak memory of the whole process: {format_bytes(peak)}")
+    planned, measured = planned_peak(result.directory), peak_bytes()
+    assert planned is not None  # noqa: S101  (the run was planned)
+    output.text(f"memory: planned {format_bytes(planned)}, measured {format_bytes(measured)}")
     return {
         "run": str(result.directory),
         "eval_loss": [before["eval_loss"], after["eval_loss"]],  # type: ignore[list-item]
-        "peak_bytes": peak,
+        "planned_bytes": planned,
+        "peak_bytes": measured,
         "samples": samples,  # type: ignore[dict-item]
     }
 
