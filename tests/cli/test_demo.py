@@ -11,7 +11,7 @@ from gguf import GGUFWriter
 
 from halfbyte.cli import app, demo, demo_data, demo_model
 from halfbyte.errors import MissingFileError, StorageError, VerificationError
-from halfbyte.training import planning
+from halfbyte.training import run_memory
 from models.test_gguf_tokenizer import byte_letters
 from tiny_tokenizers import TEMPLATES
 from training.fake_probe import FakeProbe
@@ -95,7 +95,7 @@ def test_demo(
     monkeypatch.setenv(demo_model.MODEL_VARIABLE, str(model))
     monkeypatch.setattr(demo_data.sysconfig, "get_path", lambda name: str(library))
     monkeypatch.setattr(demo_data, "NUM_HELD_OUT", 8)
-    monkeypatch.setattr(planning, "run_probe", FakeProbe())
+    monkeypatch.setattr(run_memory, "run_probe", FakeProbe())
     out = tmp_path / "out"
     assert app.run(["demo", "--out", str(out), "--steps", "3", "--json"]) == 0
     captured = capsys.readouterr()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.cli import app
-from halfbyte.training import planning
+from halfbyte.training import run_memory
 from real_models import smollm2_gguf
 from training.fake_probe import FakeProbe
 from training.tiny_run import make_data, make_model
@@ -19,7 +19,7 @@ SMALL = ("lora.rank=2", "training.tokens_per_step=256", "data.eval_fraction=0.2"
 
 @pytest.fixture
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(planning, "run_probe", FakeProbe())
+    monkeypatch.setattr(run_memory, "run_probe", FakeProbe())
     monkeypatch.chdir(tmp_path)
     model, data = make_model(tmp_path / "model"), make_data(tmp_path / "data.jsonl")
     return ["plan", *SMALL, "--model", str(model), "--data", str(data)]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from halfbyte.training.probe import ProbeReport, ProbeRequest, StepMemory
+from halfbyte.training.probe_report import ProbeReport, ProbeRequest, StepMemory
 
 MB = 10**6
 KEPT, RECOMPUTED, BACKWARD = 60_000, 10_000, 90_000  # bytes a token: a layer's, its input, at once

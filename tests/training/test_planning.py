@@ -12,7 +12,7 @@ from halfbyte.errors import DoesNotFitError, HalfbyteError
 from halfbyte.memory.available import available_memory
 from halfbyte.memory.resident import reset_peak, resident
 from halfbyte.text.tokenizer import Tokenizer
-from halfbyte.training import choosing, disk, planning, probing
+from halfbyte.training import choosing, disk, probing, run_memory
 from halfbyte.training.choices import Choices
 from halfbyte.training.choosing import choose, plan_run
 from halfbyte.training.config import Config
@@ -20,7 +20,7 @@ from halfbyte.training.methods import open_base
 from halfbyte.training.plan import DiskNeed, planned_peak
 from halfbyte.training.planning import Planner
 from halfbyte.training.prediction import FIXED_ALLOWANCE, GROWING_ALLOWANCE
-from halfbyte.training.probe import ProbeRequest
+from halfbyte.training.probe_report import ProbeRequest
 from halfbyte.training.progress import Silent
 from halfbyte.training.run import resume, train
 from halfbyte.training.run_data import open_run_data
@@ -38,7 +38,7 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> FakeProbe:
     if not reset_peak():
         pytest.skip("the kernel does not let a process start its peak anew")
     fake = FakeProbe()
-    monkeypatch.setattr(planning, "run_probe", fake)
+    monkeypatch.setattr(run_memory, "run_probe", fake)
     return fake
 
 
@@ -160,7 +160,7 @@ def test_an_evaluation_can_be_the_peak(tmp_path: Path, probe: FakeProbe) -> None
 
 def test_time_follows_from_the_probe(tmp_path: Path, probe: FakeProbe) -> None:
     plan, _ = plan_run(make_config(tmp_path, "training.tokens_per_step=128"))
-    mean = planner(tmp_path, "training.tokens_per_step=128").workload
+    mean = planner(tmp_path, "training.tokens_per_step=128").memory.workload
     per_step = 0.01 * mean.num_tokens / mean.total_micro_batches + 0.1
     assert plan.seconds_per_step == pytest.approx(per_step, rel=0.01)
     assert plan.seconds == pytest.approx(plan.num_steps * plan.seconds_per_step)
@@ -179,7 +179,7 @@ def test_a_resumed_run_keeps_its_choice(
     train(configure("whole"))
     train(configure("parts"), StopAt(4))
     monkeypatch.setattr(choosing, "choose_plan", None)
-    monkeypatch.setattr(planning, "run_probe", None)
+    monkeypatch.setattr(run_memory, "run_probe", None)
     resume(tmp_path / "parts")
     choices = Choices.read(tmp_path / "parts")
     assert choices is not None

@@ -10,7 +10,7 @@ from halfbyte.data.packing import PackingOptions
 from halfbyte.data.steps import StepStream
 from halfbyte.text.tokenizer import Tokenizer
 from halfbyte.training.prediction import FIXED_ALLOWANCE, GROWING_ALLOWANCE, StepModel
-from halfbyte.training.probe import StepMemory
+from halfbyte.training.probe_report import StepMemory
 from halfbyte.training.run_data import open_run_data
 from halfbyte.training.shapes import MicroBatchShape, measure_evaluation, measure_workload
 from training.fake_probe import LOSS_ROWS, FakeProbe

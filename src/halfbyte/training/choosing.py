@@ -58,10 +58,10 @@ def choose_plan(config: Config, planner: Planner) -> Plan:
         case "none":
             return planner.plan(0)
         case "all":
-            return planner.plan(planner.num_layers)
+            return planner.plan(planner.memory.num_layers)
         case "auto":
             fewest = planner.fewest_recomputed()
-            return planner.plan(planner.most_recomputed if fewest is None else fewest)
+            return planner.plan(planner.memory.most_recomputed if fewest is None else fewest)
 
 
 def resolve_micro_batch(config: Config, data: RunData) -> int:

@@ -9,7 +9,7 @@ miss that the peak moves from the loss, which is limited to a chunk, to the back
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from halfbyte.training.probe import StepMemory
+from halfbyte.training.probe_report import StepMemory
 
 LOSS = 1
 """The place that grows with the rows of logits that are there at once, besides what is kept."""

@@ -3,10 +3,7 @@
     python -m halfbyte.training.probe < request.json
 
 The steps are taken by the trainer itself, so whatever a layer saves, an optimizer keeps or a
-kernel borrows is in the figures without anybody listing it. The peak is read and started anew at
-places that every step passes, whatever its size: where the loss begins and ends, and where each
-gradient arrives. Between two of them memory is a linear function of the tokens; the peak of a whole
-step is not, because it moves from one place to another.
+kernel borrows is in the figures without anybody listing it.
 
 Prints one JSON object: a `ProbeReport`, or `error`.
 """
@@ -22,7 +19,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from halfbyte.data.batch import Batch, build_batch
 from halfbyte.data.dataset import Dataset
@@ -33,17 +29,17 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.kernels import workspace
 from halfbyte.kernels.backends import cpu_isa
 from halfbyte.layers.cross_entropy import Head, rows_at_once
-from halfbyte.layers.weights import Weight, WeightRef, WeightStore
 from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.memory.available import available_memory
-from halfbyte.memory.resident import kilobyte_lines, reset_peak, resident
+from halfbyte.memory.resident import kilobyte_lines, resident
 from halfbyte.models.decoder import Decoder
-from halfbyte.models.layout import layout_of
 from halfbyte.training.choices import Choices
 from halfbyte.training.config import Config
 from halfbyte.training.held_out import score_held_out
 from halfbyte.training.interruption import StopRequest
-from halfbyte.training.methods import TrainedModel, attach_trained, open_base
+from halfbyte.training.methods import attach_trained, open_base
+from halfbyte.training.places import Places, WatchedStore, watch_gradients
+from halfbyte.training.probe_report import ProbeReport, ProbeRequest, StepMemory
 from halfbyte.training.progress import Record, Silent
 from halfbyte.training.session import Session, open_session
 from halfbyte.training.shapes import MicroBatchShape
@@ -59,134 +55,12 @@ as in the steps to predict."""
 NEVER = 10**9
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeRequest:
-    """What to measure.
-
-    Attributes:
-        config: Of the run.
-        shapes: Micro-batches to take a step with.
-        recompute: Numbers of recomputed layers to do it with.
-        accumulate: Whether gradients of an earlier micro-batch are there meanwhile.
-        evaluate: Whether to score the micro-batches, too, as an evaluation does.
-        num_threads: Of PyTorch.
-        directory: On the disk of the run, for what the steps write.
-    """
-
-    config: Config
-    shapes: tuple[MicroBatchShape, ...]
-    recompute: tuple[int, ...]
-    accumulate: bool
-    evaluate: bool
-    num_threads: int
-    directory: Path
-
-
-@dataclass(frozen=True, slots=True)
-class StepMemory:
-    """One step, in bytes above what was resident before anything was trained.
-
-    Attributes:
-        num_tokens: Of its micro-batch.
-        recompute: Layers that computed their activations again.
-        loss_rows: Targets whose logits were there at once.
-        peaks: Between one place of the step and the next; the second is the loss.
-        kept: Where the loss begins: what the backward will need, and all that is permanent.
-        seconds: From its begin to its end.
-    """
-
-    num_tokens: int
-    recompute: int
-    loss_rows: int
-    peaks: tuple[int, ...]
-    kept: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeReport:
-    """What was measured, in bytes.
-
-    Attributes:
-        steps: Shape by shape for each number of recomputed layers.
-        evaluations: Shape by shape, if wanted.
-        parts: What is permanent, by name.
-        warm_seconds: Of a step with `WARM_TOKENS`.
-    """
-
-    steps: tuple[StepMemory, ...]
-    evaluations: tuple[StepMemory, ...]
-    parts: dict[str, int]
-    warm_seconds: float
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Documents:
     """Made-up data in the form that a session takes."""
 
     train: Dataset
     held_out: Dataset | None = None
-
-
-class _Places:
-    """The peaks between the places of a step."""
-
-    def __init__(self, start: int) -> None:
-        self._start = start
-        self.begin()
-
-    def begin(self, *, one_pass: bool = False) -> None:
-        """A step of any number of micro-batches begins, or something with one."""
-        self._one_pass = one_pass
-        self.peaks: dict[int, int] = {}
-        self.kept = 0
-        self._place = 0
-        reset_peak()
-
-    def pass_by(self) -> None:
-        """The next place."""
-        peak = resident().peak - self._start
-        self.peaks[self._place] = max(peak, self.peaks.get(self._place, 0))
-        self._place += 1
-        reset_peak()
-
-    def begin_loss(self) -> None:
-        """The first place of a micro-batch: what has passed before counts to its forward.
-
-        An evaluation asks for the head at every chunk; only the first is such a place.
-        """
-        if self._one_pass and self.kept:
-            return
-        self._place = 0
-        self.kept = max(self.kept, resident().total - self._start)
-        self.pass_by()
-
-
-class _WatchedStore:
-    """A store that tells when the loss asks for the head's weight, and when it returns it."""
-
-    def __init__(self, store: WeightStore, places: _Places) -> None:
-        self._store = store
-        self._places = places
-
-    @property
-    def permanent(self) -> bool:
-        """As the store."""
-        return self._store.permanent
-
-    def acquire(self, ref: WeightRef) -> Weight:
-        """The weight; the loss begins."""
-        self._places.begin_loss()
-        return self._store.acquire(ref)
-
-    def release(self, ref: WeightRef) -> None:
-        """The loss is over."""
-        self._store.release(ref)
-        self._places.pass_by()
-
-    def announce(self, layer: int) -> None:
-        """As the store."""
-        self._store.announce(layer)
 
 
 class _Steps:
@@ -210,7 +84,7 @@ class _Measured(Exception):  # noqa: N818  (not an error: the way out of the tra
 class _Watch(Silent):
     """Collects what each step took; decides how many layers the next one recomputes."""
 
-    def __init__(self, session: Session, places: _Places, recompute: Sequence[int]) -> None:
+    def __init__(self, session: Session, places: Places, recompute: Sequence[int]) -> None:
         self._session = session
         self._places = places
         self._recompute = list(recompute)
@@ -236,10 +110,10 @@ def probe(request: ProbeRequest) -> ProbeReport:
     return_freed_memory(BLOCK_BYTES)
     start, mapped = resident().total, resident().file
     model = attach_trained(base, request.config)
-    places = _Places(start)
-    _watch_gradients(model, places)
+    places = Places(start)
+    watch_gradients(model, places)
     head = model.decoder.head
-    model.decoder.head = Head(head.weight, _WatchedStore(head.store, places), head.softcap)
+    model.decoder.head = Head(head.weight, WatchedStore(head.store, places), head.softcap)
 
     warm = request.shapes[0].resized(min(WARM_TOKENS, request.shapes[0].num_tokens))
     shapes = [warm, *(shape for _ in request.recompute for shape in request.shapes)]
@@ -290,7 +164,7 @@ def probe(request: ProbeRequest) -> ProbeReport:
     )
 
 
-def _evaluate(decoder: Decoder, batch: Batch, places: _Places) -> StepMemory:
+def _evaluate(decoder: Decoder, batch: Batch, places: Places) -> StepMemory:
     """Score a batch; all that happens after its forward counts as the loss."""
     begin = time.perf_counter()
     places.begin(one_pass=True)
@@ -305,16 +179,6 @@ def _evaluate(decoder: Decoder, batch: Batch, places: _Places) -> StepMemory:
         kept=places.kept,
         seconds=time.perf_counter() - begin,
     )
-
-
-def _watch_gradients(model: TrainedModel, places: _Places) -> None:
-    """Pass a place wherever a gradient arrives."""
-    leaves: list[object] = list(model.parameters.values())
-    if model.store is not None:
-        leaves += [model.store.acquire(ref) for ref in layout_of(model.decoder.config).refs()]
-    for leaf in {id(leaf): leaf for leaf in leaves}.values():
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            leaf.register_hook(lambda _grad: places.pass_by())
 
 
 def _documents(shapes: Sequence[MicroBatchShape], vocabulary: int) -> tuple[Dataset, list[Batch]]:
@@ -361,23 +225,9 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
-def _read_request(text: str) -> ProbeRequest:
-    content = json.loads(text)
-    shapes = (MicroBatchShape(tuple(s["lengths"]), s["num_targets"]) for s in content["shapes"])
-    return ProbeRequest(
-        config=Config.model_validate(content["config"]),
-        shapes=tuple(shapes),
-        recompute=tuple(content["recompute"]),
-        accumulate=content["accumulate"],
-        evaluate=content["evaluate"],
-        num_threads=content["num_threads"],
-        directory=Path(content["directory"]),
-    )
-
-
 def main() -> None:
     """Answer the request on stdin."""
-    request = _read_request(sys.stdin.read())
+    request = ProbeRequest.from_json(sys.stdin.read())
     _limit_memory()
     answer: dict[str, object]
     try:

@@ -4,12 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from halfbyte.errors import DoesNotFitError, HalfbyteError
-from halfbyte.training.probe import ProbeReport, ProbeRequest, StepMemory
+from halfbyte.training.probe_report import ProbeReport, ProbeRequest
 
 
 def run_probe(request: ProbeRequest) -> ProbeReport:
@@ -19,18 +17,9 @@ def run_probe(request: ProbeRequest) -> ProbeReport:
         DoesNotFitError: Even the probe's steps need more memory than the machine has left.
         HalfbyteError: The probe failed; its last words are in the message.
     """
-    content = {
-        "config": request.config.model_dump(mode="json"),
-        "shapes": [asdict(shape) for shape in request.shapes],
-        "recompute": request.recompute,
-        "accumulate": request.accumulate,
-        "evaluate": request.evaluate,
-        "num_threads": request.num_threads,
-        "directory": str(request.directory),
-    }
     done = subprocess.run(
         [sys.executable, "-m", "halfbyte.training.probe"],
-        input=json.dumps(content),
+        input=request.to_json(),
         capture_output=True,
         text=True,
         check=False,
@@ -49,7 +38,7 @@ def run_probe(request: ProbeRequest) -> ProbeReport:
         )
     if "error" in answer:
         raise HalfbyteError(f"memory cannot be measured: {answer['error']}")
-    return _read_report(answer)
+    return ProbeReport.from_json(answer)
 
 
 def nearest_directory(path: Path) -> Path:
@@ -57,20 +46,3 @@ def nearest_directory(path: Path) -> Path:
     while not path.is_dir():
         path = path.parent
     return path
-
-
-def _read_report(answer: Mapping[str, object]) -> ProbeReport:
-    parts, seconds = answer["parts"], answer["warm_seconds"]
-    assert isinstance(parts, dict)  # noqa: S101  (our own process wrote it)
-    assert isinstance(seconds, float)  # noqa: S101
-    return ProbeReport(
-        steps=_read_steps(answer["steps"]),
-        evaluations=_read_steps(answer["evaluations"]),
-        parts=parts,
-        warm_seconds=seconds,
-    )
-
-
-def _read_steps(content: object) -> tuple[StepMemory, ...]:
-    assert isinstance(content, list)  # noqa: S101  (our own process wrote it)
-    return tuple(StepMemory(**{**step, "peaks": tuple(step["peaks"])}) for step in content)
