@@ -16,7 +16,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from benchmarks import harness
@@ -72,6 +72,16 @@ CASES = (
         (FP32, "training.micro_batch_tokens=512", "lora.rank=128", "optimizer.name=adamw_8bit"),
     ),
     Case(
+        "qlora, no held-out split, rank 4",
+        "smollm2-nf4",
+        ("training.micro_batch_tokens=640", "data.eval_fraction=0", "lora.rank=4"),
+    ),
+    Case(
+        "qlora, evaluated first, recomputed",
+        "smollm2-nf4",
+        (FP32, "memory.recompute=all", "training.eval_first=true", "data.eval_fraction=0.3"),
+    ),
+    Case(
         "qlora, dropout, one micro-batch",
         "smollm2-nf4",
         (FP32, "training.tokens_per_step=600", "lora.dropout=0.1"),
@@ -80,6 +90,9 @@ CASES = (
          "training.micro_batch_tokens=512")),
     Case("full, 384 tokens", "smollm2-bf16", (FP32, "training.method=full",
          "training.micro_batch_tokens=384", "training.keep_checkpoints=1")),
+    Case("lora, paged", "smollm2-bf16", (FP32, "training.method=lora", "lora.rank=64",
+         "training.micro_batch_tokens=512", "optimizer.name=paged_adamw",
+         "optimizer.fast_bytes=64MB")),
     Case("full, paged, bf16", "smollm2-bf16", ("training.method=full",
          "training.micro_batch_tokens=384", "optimizer.name=paged_adamw_8bit",
          "optimizer.fast_bytes=64MB", "training.keep_checkpoints=1")),
@@ -93,16 +106,13 @@ CASES = (
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One case, in bytes and seconds."""
+    """One case, in bytes."""
 
     name: str
     settings: str
     recompute: int
     predicted: int
     measured: int
-    seconds_per_step: float
-    predicted_seconds_per_step: float
-    probe_seconds: float
 
     @property
     def above(self) -> int:
@@ -151,17 +161,12 @@ def run_case(case: Case, model: Path, folder: Path, steps: int) -> Measured:
     if status:
         raise SystemExit(f"{case.name}: {(folder / 'log').read_text()[-2000:]}")
     plan = json.loads((out / "plan.json").read_text())
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    taken = [record["seconds"] for record in records if "loss" in record]
     return Measured(
         name=case.name,
         settings=" ".join((case.model, *case.settings)),
         recompute=plan["recompute"],
         predicted=plan["peak_bytes"],
         measured=measured,
-        seconds_per_step=sum(taken) / len(taken),
-        predicted_seconds_per_step=plan["seconds_per_step"],
-        probe_seconds=plan["probe_seconds"],
     )
 
 
@@ -180,40 +185,52 @@ def table(rows: list[Measured]) -> str:
     return "\n".join(lines)
 
 
+def read_results(path: Path) -> dict[str, Measured]:
+    """Of cases that were run before, by name."""
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text())["rows"]
+    names = [field.name for field in fields(Measured)]
+    return {row["name"]: Measured(**{name: row[name] for name in names}) for row in rows}
+
+
+def write_results(path: Path, rows: list[Measured]) -> None:
+    """With the machine, in the order of the cases."""
+    record = {
+        "subject": "memory_plan",
+        "command": "python benchmarks/memory_plan.py SMOLLM2_NF4 SMOLLM2_BF16 GEMMA3_NF4",
+        "machine": asdict(harness.describe_machine()),
+        "rows": [{**asdict(row), "kept": row.kept} for row in rows],
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
 def main() -> int:
     """Run the cases."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs=3, type=Path, metavar="DIRECTORY")
-    parser.add_argument("--only", nargs="*", help="names of cases")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="names of cases; results of others are kept")
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--scratch", type=Path, help="on a disk, not in memory")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "memory_plan.json")
     arguments = parser.parse_args()
     models = dict(zip(("smollm2-nf4", "smollm2-bf16", "gemma3-nf4"), arguments.models, strict=True))
-    rows: list[Measured] = []
+    results = read_results(arguments.out) if arguments.only else {}
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
         for case in CASES:
             if arguments.only and case.name not in arguments.only:
                 continue
-            rows.append(run_case(case, models[case.model], Path(folder), arguments.steps))
-            row = rows[-1]
+            row = run_case(case, models[case.model], Path(folder), arguments.steps)
+            results[case.name] = row
             print(
                 f"{row.name}: measured {row.measured / MEGABYTE:.0f}, predicted "
-                f"{row.predicted / MEGABYTE:.0f}, {row.recompute} recomputed; "
-                f"{row.seconds_per_step:.1f} s a step, predicted "
-                f"{row.predicted_seconds_per_step:.1f}; "
-                f"probe {row.probe_seconds:.1f} s: {'kept' if row.kept else 'BROKEN'}",
+                f"{row.predicted / MEGABYTE:.0f}, {row.recompute} recomputed: "
+                f"{'kept' if row.kept else 'BROKEN'}",
                 flush=True,
             )
+            rows = [results[case.name] for case in CASES if case.name in results]
+            write_results(arguments.out, rows)
     print(table(rows))
-    if not arguments.only:
-        record = {
-            "subject": "memory_plan",
-            "command": "python benchmarks/memory_plan.py SMOLLM2_NF4 SMOLLM2_BF16 GEMMA3_NF4",
-            "machine": asdict(harness.describe_machine()),
-            "rows": [{**asdict(row), "kept": row.kept} for row in rows],
-        }
-        path = harness.RESULTS / "memory_plan.json"
-        path.write_text(json.dumps(record, indent=2) + "\n")
     return int(not all(row.kept for row in rows))
 
 
