@@ -17,6 +17,7 @@ class FakeProbe:
 
     num_layers: int = 2
     scoring: int = 100_000  # bytes a row in an evaluation
+    state: int = 0  # bytes of what is permanent
     requests: list[ProbeRequest] = field(default_factory=list)
 
     def __call__(self, request: ProbeRequest) -> ProbeReport:
@@ -26,9 +27,8 @@ class FakeProbe:
             self.step(shape.num_tokens, recompute, shape.num_targets) for shape in request.shapes
         )
         evaluations = tuple(self.evaluation(s.num_tokens, s.num_targets) for s in request.shapes)
-        return ProbeReport(
-            steps, evaluations if request.evaluate else (), {"gradients": PERMANENT}, 0.1
-        )
+        parts = {"gradients": PERMANENT - self.state, "optimizer state": self.state}
+        return ProbeReport(steps, evaluations if request.evaluate else (), parts, 0.1)
 
     def step(self, tokens: int, recompute: int, rows: int = LOSS_ROWS) -> StepMemory:
         # The last layer's activations are there when its backward begins, kept or not.

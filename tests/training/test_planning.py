@@ -158,6 +158,19 @@ def test_an_evaluation_can_be_the_peak(tmp_path: Path, probe: FakeProbe) -> None
     assert [request.evaluate for request in probe.requests] == [True, True, False]
 
 
+def test_the_first_step_finds_no_optimizer_state(tmp_path: Path, probe: FakeProbe) -> None:
+    probe.state = 15 * MB
+    # Every step takes all of this data.
+    one, two = (
+        plan_run(make_config(tmp_path, *BIG, f"training.max_steps={count}"))[0].peak_bytes
+        for count in (1, 2)
+    )
+    assert two - one == pytest.approx(probe.state, rel=0.1)
+    paged = ("optimizer.name=paged_adamw", "optimizer.fast_bytes=16MB")
+    one = plan_run(make_config(tmp_path, *BIG, "training.max_steps=1", *paged))[0].peak_bytes
+    assert two == pytest.approx(one, rel=0.01)
+
+
 def test_time_follows_from_the_probe(tmp_path: Path, probe: FakeProbe) -> None:
     plan, _ = plan_run(make_config(tmp_path, "training.tokens_per_step=128"))
     mean = planner(tmp_path, "training.tokens_per_step=128").memory.workload

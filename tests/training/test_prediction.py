@@ -51,6 +51,12 @@ def test_gradients_that_are_not_there_yet_are_taken_off_until_they_come() -> Non
     assert StepModel(1, (step,)).peak(10, 0) == round(with_allowance(700))
 
 
+def test_state_that_is_not_there_yet_is_taken_off_until_the_end() -> None:
+    step = StepMemory(10, 0, 1, (500, 700, 690, 650, 600), 500, 1.0)
+    assert StepModel(1, (step,)).peak(10, 0, absent_state=60) == round(with_allowance(640))
+    assert StepModel(1, (step,)).peak(10, 0, absent_state=300) == round(with_allowance(600))
+
+
 def test_steps_with_different_places_are_compared_as_wholes() -> None:
     small, large = StepMemory(10, 0, 1, (5, 9), 5, 1.0), StepMemory(20, 0, 1, (5, 10, 19), 5, 1.0)
     assert StepModel(1, (small, large)).peak(30, 0) == round(with_allowance(29))
@@ -95,10 +101,14 @@ def test_the_workload_is_that_of_the_stream(tmp_path: Path) -> None:
     assert work.largest.num_targets in {batch.num_targets for batch in batches}
     # All logits of such a vocabulary are there at once.
     assert work.loss_rows == max(batch.num_targets for batch in batches)
-    assert work.most_first == max(step.micro_batches[0].num_tokens for step in steps)
-    assert work.most_later == max(
-        batch.num_tokens for step in steps for batch in step.micro_batches[1:]
-    )
+    first, *later = ([batch.num_tokens for batch in step.micro_batches] for step in steps)
+    assert work.most == {
+        (False, False): first[0],
+        (False, True): max(first[1:]),
+        (True, False): max(tokens[0] for tokens in later),
+        (True, True): max(count for tokens in later for count in tokens[1:]),
+    }
+    assert work.accumulates
     assert work.total_micro_batches == len(batches)
     assert work.num_tokens == sum(step.num_tokens for step in steps)
 

@@ -41,14 +41,18 @@ class StepModel:
         """Bytes above the start that stay when a step is over."""
         return min(step.peaks[-1] for step in self.keeping)
 
-    def peak(self, num_tokens: int, recompute: int, *, absent_gradients: int = 0) -> int:
+    def peak(
+        self, num_tokens: int, recompute: int, *, absent_state: int = 0, absent_gradients: int = 0
+    ) -> int:
         """Bytes above the start at the worst place of a step, allowance included.
 
         Args:
             num_tokens: Of the micro-batch.
             recompute: Layers; within what was measured.
-            absent_gradients: Bytes of gradients that were there when measuring and will not be
-                when the step begins; they come one by one in the backward.
+            absent_state: Bytes of optimizer state that were there when measuring and come only at
+                the last place.
+            absent_gradients: Bytes of gradients that were there when measuring and come one by one
+                in the backward.
         """
         at_least = self._peaks(self.keeping, num_tokens)
         part = self._part(recompute)
@@ -57,11 +61,9 @@ class StepModel:
             if len(fewer) != len(at_least):
                 at_least, fewer = [max(at_least)], [max(fewer)]
             at_least = [a + part * (b - a) for a, b in zip(at_least, fewer, strict=True)]
-        if absent_gradients and len(at_least) > 1:
-            missing = absent_gradients / (len(at_least) - 1)
-            at_least = [
-                peak - missing * (len(at_least) - 1 - place) for place, peak in enumerate(at_least)
-            ]
+        last = len(at_least) - 1
+        for place in range(last):
+            at_least[place] -= absent_state + absent_gradients * (last - place) / last
         return round(max(at_least) * (1 + GROWING_ALLOWANCE)) + FIXED_ALLOWANCE
 
     def kept(self, num_tokens: int, recompute: int) -> int:

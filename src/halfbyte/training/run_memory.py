@@ -1,7 +1,7 @@
 """What a run takes: what this process holds, and on top what probes took in steps and evaluations.
 
-The peak is in the first micro-batch of a step, in a later one, which finds gradients there, in an
-evaluation, or after the last step, wherever most is taken.
+The peak is in a micro-batch, in an evaluation, or after the last step, wherever most is taken. The
+first step finds no optimizer state, and the first micro-batch of any step no gradients.
 """
 
 import time
@@ -80,15 +80,17 @@ class RunMemory:
 
     def peak(self, recompute: int) -> int:
         """Of the run, in bytes."""
-        work, model = self.workload, self._model(recompute)
-        if work.most_later:
-            # Gradients of earlier micro-batches are there in all but the first of a step.
-            absent = self._any_report().parts["gradients"]
-            first = model.peak(work.most_first, recompute, absent_gradients=absent)
-            steps = max(first, model.peak(work.most_later, recompute))
-        else:
-            steps = model.peak(work.most_first, recompute)
-        return self._whole(model, max(steps, self._evaluation(None)))
+        model = self._model(recompute)
+        steps = [
+            model.peak(
+                num_tokens,
+                recompute,
+                absent_state=0 if state else self._state_bytes(),
+                absent_gradients=0 if gradients else self._earlier_gradients(),
+            )
+            for (state, gradients), num_tokens in self.workload.most.items()
+        ]
+        return self._whole(model, max(*steps, self._evaluation(None)))
 
     def peak_at(self, num_tokens: int, recompute: int) -> int:
         """Of a run whose micro-batches have up to so many tokens, in bytes."""
@@ -116,9 +118,17 @@ class RunMemory:
         """By the mean micro-batch; what accumulating added to the probe is taken off."""
         work, model = self.workload, self._model(recompute)
         mean = round(work.num_tokens / work.total_micro_batches)
-        extra = self._any_report().warm_seconds if work.most_later else 0.0
+        extra = self._any_report().warm_seconds if work.accumulates else 0.0
         one = max(model.seconds(mean, recompute) - extra, 0.0)
         return one * work.total_micro_batches / self.num_steps
+
+    def _state_bytes(self) -> int:
+        """What the first step does not find; a paged optimizer fills its budget in it."""
+        return 0 if self._config.optimizer.paged else self._any_report().parts["optimizer state"]
+
+    def _earlier_gradients(self) -> int:
+        """What a first micro-batch does not find, and probed ones did."""
+        return self._any_report().parts["gradients"] if self.workload.accumulates else 0
 
     def _evaluation(self, most_tokens: int | None) -> int:
         """Above what is held; batches of an evaluation are as large as micro-batches may be."""
@@ -152,7 +162,7 @@ class RunMemory:
                 config=self._config,
                 shapes=self._probed_shapes(),
                 recompute=(recompute,),
-                accumulate=self.workload.most_later > 0,
+                accumulate=self.workload.accumulates,
                 evaluate=self._held_out is not None,
                 num_threads=torch.get_num_threads(),
                 directory=nearest_directory(Path(self._config.output.dir).absolute()),

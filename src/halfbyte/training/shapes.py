@@ -1,6 +1,6 @@
 """The shape of micro-batches: how long their documents are, without the documents."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -56,19 +56,23 @@ class Workload:
 
     Attributes:
         largest: The micro-batch with the most tokens.
-        most_first: Most tokens of the first micro-batch of a step, when there are no gradients.
-        most_later: Most tokens of any other; 0 when steps have one micro-batch.
+        most: Most tokens of a micro-batch, by what is there already: optimizer state (in all steps
+            but the first), and gradients (in all micro-batches of a step but the first).
         loss_rows: The most targets of any micro-batch whose logits are there at once.
         num_tokens: Of all steps together.
         total_micro_batches: Of all steps together.
     """
 
     largest: MicroBatchShape
-    most_first: int
-    most_later: int
+    most: Mapping[tuple[bool, bool], int]
     loss_rows: int
     num_tokens: int
     total_micro_batches: int
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step has more than one micro-batch."""
+        return any(gradients for _, gradients in self.most)
 
 
 def measure_workload(
@@ -77,10 +81,10 @@ def measure_workload(
     """Go through the steps of a run as they will come; after `MAX_STEPS`, by proportion."""
     looked_at = min(num_steps, MAX_STEPS)
     largest = MicroBatchShape((0,), 0)
-    most = {True: 0, False: 0}
+    most: dict[tuple[bool, bool], int] = {}
     loss_rows = num_tokens = num_batches = 0
     targets = dataset.store.num_targets[dataset.index]
-    for step in _steps(dataset, options, looked_at):
+    for number, step in enumerate(_steps(dataset, options, looked_at)):
         lengths = dataset.lengths[step].tolist()
         batches = pack(lengths, options.micro_batch_tokens)
         num_batches += len(batches)
@@ -91,13 +95,13 @@ def measure_workload(
                 int(targets[[step[position] for position in positions]].sum()),
             )
             loss_rows = max(loss_rows, rows_at_once(shape.num_targets, vocabulary))
-            most[index == 0] = max(most[index == 0], shape.num_tokens)
+            present = (number > 0, index > 0)
+            most[present] = max(most.get(present, 0), shape.num_tokens)
             largest = max(largest, shape, key=lambda each: each.num_tokens)
     factor = num_steps / looked_at
     return Workload(
         largest=largest,
-        most_first=most[True],
-        most_later=most[False],
+        most=most,
         loss_rows=loss_rows,
         num_tokens=round(factor * num_tokens),
         total_micro_batches=round(factor * num_batches),
