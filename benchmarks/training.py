@@ -11,6 +11,7 @@ resident set that the system counted for the process, seen from outside. Cases:
     ...-recompute          the same with every layer's activations computed again
     ...-fp32               both compute in float32: faster for the peer without 16-bit instructions
     ...-lora               ours on 4 bits against ours on the 16-bit base
+                           (these can be joined: 4x512-recompute-fp32)
     e2e                    rows of --data (prompt and completion) in batches of 8, the peer's
                            padded to the longest, ours packed
 """
@@ -97,18 +98,18 @@ def idle_mib() -> float:
 
 def compare(case: str, options: argparse.Namespace) -> Comparison:
     """Take turns."""
-    shape, _, variant = case.partition("-")
+    shape, *variants = case.split("-")
     common = [f"--steps={options.steps}"]
     common += [f"--data={options.data}"] if shape == "e2e" else [f"--shape={shape}"]
-    common += ["--recompute"] if variant == "recompute" else []
-    common += ["--dtype=float32"] if variant == "fp32" else []
+    common += ["--recompute"] if "recompute" in variants else []
+    common += ["--dtype=float32"] if "fp32" in variants else []
     four_bits, sixteen_bits = str(options.model_nf4), str(options.model_16bit)
     pairs = []
     for _ in range(options.turns):
         ours = run("ours", four_bits, *common)
         other = (
             run("ours", sixteen_bits, *common)
-            if variant == "lora"
+            if "lora" in variants
             else run("peer", sixteen_bits, *common)
         )
         pairs.append((ours, other))
@@ -116,7 +117,7 @@ def compare(case: str, options: argparse.Namespace) -> Comparison:
     return Comparison(
         case=case,
         ours_rate=statistics.median(o.rate for o, _ in pairs),
-        peer="halfbyte lora" if variant == "lora" else "PEFT + bitsandbytes",
+        peer="halfbyte lora" if "lora" in variants else "PEFT + bitsandbytes",
         peer_rate=statistics.median(p.rate for _, p in pairs),
         speedup=statistics.median(o.rate / p.rate for o, p in pairs),
         ours_peak_mib=statistics.median(o.peak_mib for o, _ in pairs),

@@ -12,6 +12,7 @@ from halfbyte.adapters.training import attach_new_adapter
 from halfbyte.data.batch import Batch
 from halfbyte.data.parse import NO_TARGET
 from halfbyte.layers.segments import pack
+from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.models.load import load_decoder
 from halfbyte.training.step import compute_gradients
 
@@ -39,6 +40,7 @@ def main() -> None:
     arguments = parse_arguments(__doc__)
     dtype = getattr(torch, arguments.dtype)
     decoder = load_decoder(arguments.model, compute_dtype=dtype)
+    return_freed_memory()  # as a run does
     spec = LoraSpec(rank=arguments.rank, alpha=2 * arguments.rank)
     adapter = attach_new_adapter(decoder, spec, seed=0)
     optimizer = hb.optim.make_optimizer("adamw", list(adapter.parameters.items()), lr=1e-4)

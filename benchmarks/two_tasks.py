@@ -20,16 +20,14 @@ import torch
 import halfbyte as hb
 from benchmarks.e2e import OPTIONS, SEPARATOR, read_rows
 from benchmarks.harness import RESULTS
-from halfbyte.adapters.peft_files import read_adapter
 from halfbyte.composition.certificate import Certificate
 from halfbyte.composition.four_bit_merge import PLAIN
-from halfbyte.composition.merge_job import adapter_rank
 from halfbyte.data.batch import evaluation_batches
 from halfbyte.data.read import load_dataset
 from halfbyte.training.held_out import score_held_out
 
 TASKS = ("e2e", "gsm8k")
-CALIBRATION, PROBE, SEARCH, HELD_OUT = 80, 40, 32, 80
+CALIBRATION, PROBE, SEARCH, HELD_OUT = 60, 40, 24, 60
 """Rows of a task; half as many for GSM8K, whose rows are three times as long."""
 
 MIXES = {
@@ -63,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.two_tasks", description=__doc__)
     for name in ("model", *TASKS, "out"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -194,31 +192,23 @@ def merges(options: argparse.Namespace, name: str, adapter: Path, texts: str) ->
     """Merges of one adapter, each with its certificate."""
     out: Path = options.out
     rows = []
-    for dtype, residual_rank in (
-        ("bf16", 0),
-        ("nf4", 0),
-        ("nf4", adapter_rank(read_adapter(adapter)) // 2),
-    ):
-        path = out / f"merged-{name}-{dtype}-{residual_rank}"
+    for dtype in ("bf16", "nf4"):
         merge = hb.merge(
             options.model,
             adapter,
-            out=path,
+            out=out / f"merged-{name}-{dtype}",
             dtype=dtype,
             calibration=out / f"{texts}-calibration.jsonl" if dtype == "nf4" else None,
             probe=out / f"{texts}-probe.jsonl",
-            residual_rank=residual_rank,
             accept=True,
             replace=True,
         )
         made = merge.certificate
-        beside = [path / "residual"] if residual_rank else []
         label = f"{name} merged: {made.chosen}"
-        rows.append(measured(options, label, path, beside, made, made.chosen))
-        if dtype == "nf4" and not residual_rank:
-            source = out / f"merged-{name}-bf16-0"
-            plain = once(out / f"plain-{name}", lambda to, of=source: hb.quantize_model(of, to))
-            rows.append(measured(options, f"{name} merged: {PLAIN}", plain, [], made, PLAIN))
+        rows.append(measured(options, label, merge.path, [], made, made.chosen))
+    source = out / f"merged-{name}-bf16"
+    plain = once(out / f"plain-{name}", lambda to: hb.quantize_model(source, to))
+    rows.append(measured(options, f"{name} merged: {PLAIN}", plain, [], made, PLAIN))
     return rows
 
 

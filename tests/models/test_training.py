@@ -1,5 +1,6 @@
 """Gradients through the decoder against transformers; recomputation; announcements to the store."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -156,17 +157,60 @@ def test_recomputed_layers_keep_one_tensor_each() -> None:
     assert sizes[1] < sizes[0] / 8
 
 
+def living() -> dict[int, Tensor]:
+    """Matrices with a row a token, or a target, by where they are."""
+    gc.collect()
+    return {
+        found.untyped_storage().data_ptr(): found
+        for found in gc.get_objects()
+        if type(found) is Tensor and found.dim() == 2 and len(found) in (COUNT, COUNT - 1)
+    }
+
+
+def test_nothing_else_of_a_recomputed_layer_stays() -> None:
+    decoder = adapted_decoder("llama")
+    before = living()
+    loss = training_loss(decoder, random_tokens(COUNT), recompute=4)
+    kept = [tuple(found.shape) for place, found in living().items() if place not in before]
+    # The input of each layer, and features at the targets before and after the last norm.
+    hidden = decoder.config.hidden_size
+    assert len(kept) <= 7
+    assert set(kept) <= {(COUNT, hidden), (COUNT - 1, hidden)}
+    loss.backward()
+
+
+def test_a_layer_keeps_neither_what_it_normalizes_nor_what_it_gates() -> None:
+    decoder = adapted_decoder("llama")
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if len(tensor) == COUNT:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = training_loss(decoder, random_tokens(COUNT))
+    config, item = decoder.config, decoder.compute_dtype.itemsize
+    heads = config.num_heads + config.num_key_value_heads
+    # Two residual streams; queries, outputs of attention, keys, values; gate, up; and what seven
+    # adapters of rank 4 make of their inputs.
+    layer = 2 * config.hidden_size + 2 * heads * config.head_dim + 2 * config.intermediate_size
+    assert sum(kept.values()) == len(decoder.layers) * COUNT * (layer + 7 * 4) * item
+    assert loss.requires_grad
+
+
 def test_nothing_is_computed_below_the_lowest_adapted_layer() -> None:
     decoder = adapted_decoder("llama", layers=(2, 3))
     seen: list[bool] = []
     for layer in decoder.layers:
-        norm = layer.attention_norm
+        attend = layer._attend
 
-        def watch(x: Tensor, norm: Any = norm) -> Tensor:
+        def watch(x: Tensor, *rest: Any, attend: Any = attend) -> Any:
             seen.append(x.requires_grad)
-            return norm(x)
+            return attend(x, *rest)
 
-        layer.attention_norm = watch  # type: ignore[assignment]
+        layer._attend = watch  # type: ignore[method-assign]
     training_loss(decoder, random_tokens(COUNT)).backward()
     assert seen == [False, False, False, True]
     factor_gradients(decoder)

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-import torch
-
 from halfbyte.adapters.adapter import Adapter, LoraUpdate
 from halfbyte.adapters.fingerprint import fingerprint_adapter
 from halfbyte.errors import VerificationError
@@ -145,9 +143,9 @@ class Stack:
     def flatten(self) -> Adapter:
         """One adapter that computes what the stack does.
 
-        Factors are stacked, so ranks add up and no product is formed. In a layer that several
-        parts adapt, B is multiplied by the scaling of its part: one rounding of float32, and none
-        where the scaling is a power of two.
+        Factors are written side by side, so ranks add up and no product is formed. In a layer that
+        several parts adapt, B is multiplied by the scaling of its part and rounded once; powers of
+        two leave nothing to round.
         """
         updates: dict[str, list[LoraUpdate]] = {}
         for part in self.parts:
@@ -174,6 +172,4 @@ def _stacked(updates: list[LoraUpdate]) -> LoraUpdate:
     if len(updates) == 1:
         (only,) = updates
         return LoraUpdate(only.a_RI, only.b_OR, alpha=only.scaling * only.rank)
-    a_RI = torch.cat([update.a_RI for update in updates])
-    b_OR = torch.cat([update.b_OR * update.scaling for update in updates], dim=1)
-    return LoraUpdate(a_RI, b_OR, alpha=float(a_RI.shape[0]))
+    return LoraUpdate.sum_of([(each.scaling, each.b_OR, each.a_RI) for each in updates])

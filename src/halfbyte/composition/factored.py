@@ -78,14 +78,8 @@ class Factored:
         return total_OI
 
     def to_update(self) -> LoraUpdate:
-        """The sum as one update of scaling 1; needs at least one term.
-
-        Error bound:
-            Each entry of B is rounded to float32 once, after its multiplication: relative to the
-            sum of the terms' norms, the error is at most 2^-24.
-        """
-        b_OK, a_KI = self.stack()
-        return LoraUpdate(a_KI.float(), b_OK.float(), alpha=float(self.rank))
+        """The sum as one update of scaling 1, B rounded once; needs at least one term."""
+        return LoraUpdate.sum_of([(term.weight, term.b_OR, term.a_RI) for term in self.terms])
 
 
 ZERO = Factored()

@@ -6,6 +6,7 @@ from torch import Tensor
 from halfbyte.kernels.elementwise import gated as kernel
 from halfbyte.kernels.elementwise import gated_backward as kernel_backward
 from halfbyte.layers.autograd import Context, apply
+from halfbyte.layers.recipe import Recipe
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 """By the names that `config.json` uses."""
@@ -39,6 +40,11 @@ def gated(gate: Tensor, up: Tensor, name: str) -> Tensor:
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return apply(_Gated, gate, up, name)
     return kernel(gate, up, name)  # type: ignore[no-any-return]
+
+
+def gated_recipe(gate: Tensor, up: Tensor, name: str) -> Recipe:
+    """Of `gated` with the same arguments."""
+    return Recipe(kernel, (_as_rows(gate), _as_rows(up)), (name,))
 
 
 def _as_rows(x: Tensor) -> Tensor:

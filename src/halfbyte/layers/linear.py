@@ -1,7 +1,8 @@
 """Linears by handle, in groups that share an input, with the adapters in their banks.
 
-In training a group is one autograd node. It saves its input once, in the compute dtype, and what
-adapters need that is as small as their rank; never a weight: the backward asks the store again.
+In training a group is one autograd node. It saves its input once, in the compute dtype, or what it
+can be computed from again, and what adapters need that is as small as their rank; never a weight:
+the backward asks the store again.
 
 Dimension key:
     T  tokens, packed        I  input features
@@ -29,6 +30,7 @@ from halfbyte.layers.lora import (
     fold_seed,
 )
 from halfbyte.layers.matmul import bind, multiply, multiply_transposed
+from halfbyte.layers.recipe import Recipe, Restore, keep
 from halfbyte.layers.weights import WeightRef, WeightStore
 
 
@@ -92,13 +94,18 @@ class Linear:
             raise UsageError(f"no adapter {name!r} is attached to {self.path}")
         return self.bank.pop(name)
 
-    def __call__(self, x_TI: Tensor, routing: Routing = NO_ADAPTERS) -> Tensor:
+    def __call__(
+        self, x_TI: Tensor, routing: Routing = NO_ADAPTERS, recipe: Recipe | None = None
+    ) -> Tensor:
         """`[T, O]`; see `project`."""
-        return project(x_TI, (self,), routing)[0]
+        return project(x_TI, (self,), routing, recipe)[0]
 
 
 def project(
-    x_TI: Tensor, linears: Sequence[Linear], routing: Routing = NO_ADAPTERS
+    x_TI: Tensor,
+    linears: Sequence[Linear],
+    routing: Routing = NO_ADAPTERS,
+    recipe: Recipe | None = None,
 ) -> tuple[Tensor, ...]:
     """Outputs `[T, O]` of linears that share an input, adapters included.
 
@@ -110,6 +117,7 @@ def project(
         x_TI: Compute dtype.
         linears: All with `I` input features.
         routing: Which rows use which adapters.
+        recipe: How the backward gets `x` again; without one, `x` is kept.
 
     Raises:
         UsageError: Gradients are wanted while rows of the batch use different adapters, or both
@@ -123,11 +131,11 @@ def project(
                 raise UsageError(
                     f"{linears[0].path}: both the weight and its adapters want training"
                 )
-            return tuple(_trainable_forward(x_TI, linear) for linear in linears)
+            return tuple(_trainable_forward(x_TI, linear, recipe) for linear in linears)
         if x_TI.requires_grad or trainable:
             factors = [f for t in terms for f in (t.factors.a_RI, t.factors.b_OR)]
             group = Group(tuple(linears), tuple(terms), routing.dropout_seed)
-            return apply_many(_GroupProjection, x_TI, group, *factors)
+            return apply_many(_GroupProjection, x_TI, group, recipe, *factors)
     outputs = tuple(_forward(x_TI, linear) for linear in linears)
     for part in routing.routes:
         rows = slice(part.begin, part.end)
@@ -175,7 +183,7 @@ def _is_trainable(linear: Linear) -> bool:
     return isinstance(weight, Tensor) and weight.requires_grad
 
 
-def _trainable_forward(x_TI: Tensor, linear: Linear) -> Tensor:
+def _trainable_forward(x_TI: Tensor, linear: Linear, recipe: Recipe | None) -> Tensor:
     weight = linear.store.acquire(linear.weight)
     bias = None if linear.bias is None else linear.store.acquire(linear.bias)
     assert isinstance(weight, Tensor)  # noqa: S101  (checked by the caller)
@@ -185,23 +193,32 @@ def _trainable_forward(x_TI: Tensor, linear: Linear) -> Tensor:
         x_TI,
         weight.to(x_TI.dtype),
         None if bias is None else bias.to(x_TI.dtype),
+        recipe,
     )
 
 
 class _TrainableProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_TI, weight_OI)
+    def forward(
+        ctx: Context,
+        x_TI: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        recipe: Recipe | None,
+    ) -> Tensor:
+        saved, ctx.kept = keep(x_TI, recipe)
+        ctx.save_for_backward(weight_OI, *saved)
         return matmul(x_TI, weight_OI.T, bias_O)
 
     @staticmethod
     def backward(ctx: Context, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, weight_OI = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        weight_OI, *saved = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         return (
             matmul(grad_TO, weight_OI) if wants_x else None,
-            matmul(grad_TO.T, x_TI) if wants_weight else None,
+            matmul(grad_TO.T, ctx.kept(saved)) if wants_weight else None,
             grad_TO.sum(dim=0) if wants_bias else None,
+            None,
         )
 
 
@@ -255,7 +272,9 @@ def _times(x: Tensor, keep: Tensor | None) -> Tensor:
 
 class _GroupProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context, x_TI: Tensor, group: Group, *factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Context, x_TI: Tensor, group: Group, recipe: Recipe | None, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
         dtype = x_TI.dtype
         outputs = [_forward(x_TI, linear) for linear in group.linears]
         hidden: dict[int, Tensor] = {}
@@ -270,20 +289,29 @@ class _GroupProjection(torch.autograd.Function):
                 b_OR = factors[2 * i + 1].to(dtype)
                 matmul_add_(outputs[term.output], h_TR, b_OR.T, alpha=term.scale)
                 hidden[i] = h_TR
-        ctx.kept = group
+        saved, restore = keep(x_TI, recipe)
+        ctx.kept = group, restore
         # The input is needed for the gradient of A only.
         wanted: tuple[bool, ...] = ctx.needs_input_grad
-        saved_x = x_TI if any(wanted[2::2]) else None
-        ctx.save_for_backward(saved_x, *factors, *(hidden[i] for i in range(len(group.terms))))
+        saved = saved if any(wanted[3::2]) else ()
+        ctx.save_for_backward(*factors, *(hidden[i] for i in range(len(group.terms))), *saved)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        group: Group = ctx.kept
-        x_TI, *rest = ctx.saved_tensors
-        wanted: tuple[bool, ...] = ctx.needs_input_grad
-        factors, hidden = rest[: 2 * len(group.terms)], rest[2 * len(group.terms) :]
-        grad_x = _base_gradient(group, grads) if wanted[0] else None
+        group: Group
+        restore: Restore
+        group, restore = ctx.kept
+        count = len(group.terms)
+        saved = ctx.saved_tensors
+        factors, hidden, saved = (
+            saved[: 2 * count],
+            saved[2 * count : 3 * count],
+            saved[3 * count :],
+        )
+        wanted: tuple[bool, ...] = ctx.needs_input_grad[3:]
+        x_TI = restore(saved) if saved else None
+        grad_x = _base_gradient(group, grads) if ctx.needs_input_grad[0] else None
         found: list[Tensor | None] = [None] * len(factors)
         for probability, members in group.bundles().items():
             grad_hidden = []
@@ -292,23 +320,23 @@ class _GroupProjection(torch.autograd.Function):
                 grad_TO = grads[term.output]
                 scale_b = factors[2 * i + 1].to(grad_TO.dtype) * term.scale
                 grad_hidden.append(matmul(grad_TO, scale_b))
-                if wanted[2 + 2 * i + 1]:
+                if wanted[2 * i + 1]:
                     grad_b = matmul(grad_TO.T, hidden[i], dtype=torch.float32)
                     found[2 * i + 1] = grad_b.mul_(term.scale)
             stacked_grad = torch.cat(grad_hidden, dim=1)
             keep = group.keep(stacked_grad, probability)
-            if any(wanted[2 + 2 * i] for i in members):
+            if x_TI is not None and any(wanted[2 * i] for i in members):
                 grad_a = matmul(stacked_grad.T, _times(x_TI, keep), dtype=torch.float32)
                 ranks = [factors[2 * i].shape[0] for i in members]
                 for i, part in zip(members, grad_a.split(ranks), strict=True):
-                    found[2 * i] = part if wanted[2 + 2 * i] else None
+                    found[2 * i] = part if wanted[2 * i] else None
             if grad_x is not None:
                 stacked = torch.cat([factors[2 * i].to(stacked_grad.dtype) for i in members])
                 if keep is None:
                     matmul_add_(grad_x, stacked_grad, stacked)
                 else:
                     grad_x.addcmul_(matmul(stacked_grad, stacked), keep)
-        return grad_x, None, *found
+        return grad_x, None, None, *found
 
 
 def _base_gradient(group: Group, grads: Sequence[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from halfbyte.kernels.elementwise import add_rms_norm as add_kernel
 from halfbyte.kernels.elementwise import rms_norm as kernel
 from halfbyte.kernels.elementwise import rms_norm_backward as kernel_backward
 from halfbyte.layers.autograd import Context, apply, apply_many
+from halfbyte.layers.recipe import Recipe
 from halfbyte.layers.weights import WeightRef, WeightStore, as_tensor
 
 
@@ -120,6 +121,10 @@ class Norm:
     def after_adding(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
         """See `add_rms_norm`."""
         return add_rms_norm(x, update, self._weight(), self.eps)
+
+    def recipe(self, x: Tensor) -> Recipe:
+        """Of `self(x)`, and of what `after_adding` gives with the sum `x`."""
+        return Recipe(kernel, (x.contiguous(), self._weight()), (self.eps,))
 
     def _weight(self) -> Tensor:
         return self._prepare() if self._ready is None else self._ready

@@ -20,12 +20,13 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from halfbyte.errors import UsageError
-from halfbyte.layers.activation import gated
+from halfbyte.layers.activation import gated, gated_recipe
 from halfbyte.layers.attention import AttentionSpec, cached_attention, packed_attention
 from halfbyte.layers.cross_entropy import Head
 from halfbyte.layers.linear import Linear, project
 from halfbyte.layers.lora import BASE_ONLY, Mix, Routing, route
 from halfbyte.layers.norm import Norm
+from halfbyte.layers.recipe import Recipe
 from halfbyte.layers.rotary import Angles, RotarySpec, inverse_frequencies, rotary_table, rotate_
 from halfbyte.layers.segments import Segments
 from halfbyte.layers.weights import WeightRef, WeightStore
@@ -99,20 +100,22 @@ class DecoderLayer:
 
     def __call__(self, x_TD: Tensor, shared: Pass) -> Tensor:
         """The residual stream after this layer, `[T, D]`."""
-        update = self._attend(self.attention_norm(x_TD), shared)
+        again = self.attention_norm.recipe(x_TD)
+        update = self._attend(self.attention_norm(x_TD), again, shared)
         if self.post_attention_norm is not None:
             update = self.post_attention_norm(update)
         x_TD, normal_TD = self.mlp_norm.after_adding(x_TD, update)
         routing = shared.routing
-        gate, up = project(normal_TD, self.gates, routing)
-        update = self.down(gated(gate, up, self.activation), routing)
+        gate, up = project(normal_TD, self.gates, routing, self.mlp_norm.recipe(x_TD))
+        again = gated_recipe(gate, up, self.activation)
+        update = self.down(gated(gate, up, self.activation), routing, again)
         if self.post_mlp_norm is not None:
             update = self.post_mlp_norm(update)
         return x_TD + update
 
-    def _attend(self, x_TD: Tensor, shared: Pass) -> Tensor:
+    def _attend(self, x_TD: Tensor, again: Recipe, shared: Pass) -> Tensor:
         num_tokens = x_TD.shape[0]
-        q, k, v = project(x_TD, self.inputs, shared.routing)
+        q, k, v = project(x_TD, self.inputs, shared.routing, again)
         q_THK = q.view(num_tokens, -1, self.head_dim)
         k_TGK = k.view(num_tokens, -1, self.head_dim)
         v_TGK = v.view(num_tokens, -1, self.head_dim)
