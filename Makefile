@@ -32,7 +32,7 @@ check: lint
 
 # Everything, real models included: up to a quarter of an hour.
 test: lint
-	$(BIN)/pytest -q -m 'not gpu'
+	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal -m 'not gpu'
 
 format: install
 	$(BIN)/ruff check --fix --quiet .

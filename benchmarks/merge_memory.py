@@ -9,6 +9,8 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -50,31 +52,49 @@ print(json.dumps({"seconds": time.monotonic() - start, "above": resident().peak 
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """By one merge.
+
+    Attributes:
+        seconds: Time.
+        above: Bytes of its peak above the idle interpreter.
+    """
+
+    seconds: float
+    above: int
+
+
 def main() -> None:
     """Write a base and an adapter, and merge them in a process of their own."""
     num_layers = int(sys.argv[1]) if len(sys.argv) > 1 else 22
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        write_inputs(root, num_layers)
+        write_inputs(root, CONFIG | {"num_hidden_layers": num_layers})
         for dtype in sys.argv[2:] or ("bf16", "nf4"):
-            paths = [str(root / part) for part in ("base", "adapter", f"out-{dtype}")]
-            command = [sys.executable, "-c", MEASURE, *paths, dtype]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
-            found = json.loads(done.stdout)
+            taken = measure(root, dtype)
             print(
-                f"{num_layers} layers, {dtype}: {found['above'] / 2**20:.0f} MiB above the idle "
-                f"interpreter, {found['seconds']:.0f} s",
+                f"{num_layers} layers, {dtype}: {taken.above / 2**20:.0f} MiB above the idle "
+                f"interpreter, {taken.seconds:.0f} s",
                 flush=True,
             )
 
 
-def write_inputs(root: Path, num_layers: int) -> None:
+def measure(root: Path, dtype: str) -> Taken:
+    """Merge what `write_inputs` wrote."""
+    paths = [str(root / part) for part in ("base", "adapter", f"out-{dtype}")]
+    command = [sys.executable, "-c", MEASURE, *paths, dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    return Taken(**json.loads(done.stdout))
+
+
+def write_inputs(root: Path, config: Mapping[str, object]) -> None:
     """`base` in NF4 and an `adapter` for all its linear layers; layers differ in nothing."""
     base = root / "base"
     base.mkdir()
     quantization = quantization_config("nf4", block_size=64, double_quant=True)
-    config = CONFIG | {"num_hidden_layers": num_layers}
-    (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    content = {**config, "quantization_config": quantization}
+    (base / "config.json").write_text(json.dumps(content))
     write_tokenizer(base)
     layout = layout_of(parse_config(config))
     linears = {f"{path}.weight" for path in layout.linear_paths()}
