@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from benchmarks.merge_memory import CONFIG, measure, write_inputs
 
 NARROW = {
