@@ -6,6 +6,7 @@ E2E_DIRECTORY holds `train.jsonl` and `test.jsonl`, rows of `prompt` and `comple
 sees the same rows, steps and seeds; a newline separates a prompt from its completion. Held-out
 loss and perplexity are those of the completions of `--test-rows` test rows, drawn once. BLEU
 (sacrebleu) compares greedy continuations of `--prompts` test inputs with all references of each.
+Last comes the first `qlora` again with 8-bit state.
 Runs that are there already are not repeated, so the command can be stopped and started again.
 """
 
@@ -14,6 +15,7 @@ import json
 import math
 import random
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -61,17 +63,20 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     references = prepare(options)
-    results = []
-    for model, method in ((options.model_nf4, "4-bit base"), (options.model_16bit, "16-bit base")):
-        results.append(evaluate(options, method, None, model, [], references))
+    four_bits, sixteen_bits = options.model_nf4, options.model_16bit
+    results = [
+        evaluate(options, "4-bit base", None, four_bits, [], references),
+        evaluate(options, "16-bit base", None, sixteen_bits, [], references),
+    ]
     for seed in range(options.seeds):
-        for method in ("qlora", "lora"):
-            base = options.model_nf4 if method == "qlora" else options.model_16bit
+        for method, base in (("qlora", four_bits), ("lora", sixteen_bits)):
             adapter = train(options, method, seed, base) / "adapter"
             scored = references if seed == 0 else {}
             results.append(evaluate(options, method, seed, base, [adapter], scored))
-    full = train(options, "full", 0, options.model_16bit) / "model"
+    full = train(options, "full", 0, sixteen_bits) / "model"
     results.append(evaluate(options, "full", 0, full, [], references))
+    adapter = train(options, "qlora", 0, four_bits, "adamw_8bit") / "adapter"
+    results.append(evaluate(options, "qlora, adamw_8bit", 0, four_bits, [adapter], references))
     report(options, results)
 
 
@@ -100,9 +105,12 @@ def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in changed))
 
 
-def train(options: argparse.Namespace, method: str, seed: int, base: Path) -> Path:
+def train(
+    options: argparse.Namespace, method: str, seed: int, base: Path, optimizer: str = "adamw"
+) -> Path:
     """The directory of a finished run."""
-    directory: Path = options.out / f"{method}-{seed}"
+    suffix = "" if optimizer == "adamw" else f"-{optimizer}"
+    directory: Path = options.out / f"{method}-{seed}{suffix}"
     training: dict[str, Any] = {
         "method": method,
         "max_steps": options.steps,
@@ -115,7 +123,14 @@ def train(options: argparse.Namespace, method: str, seed: int, base: Path) -> Pa
         return directory
     data = {"train": str(options.out / "train.jsonl"), "eval_fraction": 0.02}
     lora = {"rank": 16, "alpha": 32}
-    hb.train(model=base, data=data, out=directory, training=training, lora=lora)
+    hb.train(
+        model=base,
+        data=data,
+        out=directory,
+        training=training,
+        lora=lora,
+        optimizer={"name": optimizer},
+    )
     return directory
 
 
@@ -127,7 +142,10 @@ def evaluate(
     adapters: Sequence[Path],
     references: dict[str, list[str]],
 ) -> Result:
-    """Loss on the test rows, and BLEU where references are given."""
+    """Loss on the test rows, and BLEU where references are given; kept in a file."""
+    record: Path = options.out / f"{method}-{seed}.json".replace(", ", "-")
+    if record.exists():
+        return Result(**json.loads(record.read_text()))
     model = hb.load(base, adapters=list(adapters))
     dataset = load_dataset(str(options.out / "test.jsonl"), model.tokenizer, OPTIONS).dataset
     score: HeldOutScore = score_held_out(model.decoder, evaluation_batches(dataset, 2048))
@@ -139,6 +157,7 @@ def evaluate(
         bleu = sacrebleu.corpus_bleu([text.strip() for text in texts], columns).score
     result = Result(method, seed, score.loss, score.perplexity, score.accuracy, bleu)
     print(result, flush=True)
+    record.write_text(json.dumps(asdict(result)) + "\n")
     return result
 
 
@@ -163,7 +182,7 @@ def report(options: argparse.Namespace, results: Sequence[Result]) -> None:
         summary["interval"] = t * statistics.stdev(relative) / math.sqrt(len(relative))
     print("qlora against lora, held-out loss:", summary)
     content = {
-        "command": " ".join(["python -m benchmarks.e2e", f"--steps {options.steps}"]),
+        "command": " ".join(["python -m benchmarks.e2e", *sys.argv[4:]]),
         "steps": options.steps,
         "tokens_per_step": options.tokens,
         "threads": torch.get_num_threads(),
