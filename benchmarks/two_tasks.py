@@ -27,7 +27,7 @@ from halfbyte.data.read import load_dataset
 from halfbyte.training.held_out import score_held_out
 
 TASKS = ("e2e", "gsm8k")
-CALIBRATION, PROBE, SEARCH, HELD_OUT = 60, 40, 24, 60
+CALIBRATION, PROBE, SEARCH, HELD_OUT = 60, 40, 24, 50
 """Rows of a task; half as many for GSM8K, whose rows are three times as long."""
 
 MIXES = {
@@ -83,8 +83,7 @@ def main() -> None:
     )
     expression = json.loads((found / "compose_report.json").read_text())["expression"]
     rows.append(measured(options, f"searched: {expression}", options.model, [found]))
-    for name, path, texts in (("e2e", adapters["e2e"], "e2e"), ("sum", out / "sum", "both")):
-        rows += merges(options, name, path, texts)
+    rows += merges(options, "e2e", adapters["e2e"])
     report(options, rows)
 
 
@@ -188,7 +187,7 @@ def verdict(
     return "refused" if judged.faults() else "passes", judged.gain_kept(strategy)
 
 
-def merges(options: argparse.Namespace, name: str, adapter: Path, texts: str) -> list[Row]:
+def merges(options: argparse.Namespace, name: str, adapter: Path) -> list[Row]:
     """Merges of one adapter, each with its certificate."""
     out: Path = options.out
     rows = []
@@ -198,8 +197,8 @@ def merges(options: argparse.Namespace, name: str, adapter: Path, texts: str) ->
             adapter,
             out=out / f"merged-{name}-{dtype}",
             dtype=dtype,
-            calibration=out / f"{texts}-calibration.jsonl" if dtype == "nf4" else None,
-            probe=out / f"{texts}-probe.jsonl",
+            calibration=out / f"{name}-calibration.jsonl" if dtype == "nf4" else None,
+            probe=out / f"{name}-probe.jsonl",
             accept=True,
             replace=True,
         )
