@@ -10,6 +10,7 @@ from torch.nn import functional
 
 import halfbyte as hb
 from halfbyte.errors import UsageError
+from halfbyte.kernels.cross_entropy import cross_entropy_
 from halfbyte.layers.cross_entropy import (
     Head,
     default_chunk_rows,
@@ -88,6 +89,22 @@ def test_float16_gradients_are_scaled_before_they_are_rounded() -> None:
         errors.append((x.grad[others] / (4 * scale * math.exp(-16.0)) - 1).abs().max())
     assert errors[0] < 2**-9
     assert errors[1] > 0.05
+
+
+def test_an_announced_scale_is_applied_once() -> None:
+    # 1 / 41 in float32 is not the number announced: their ratio, in float32, is not 1.
+    scale = 1 / 41
+    assert torch.tensor(torch.tensor(scale).item() / scale) != 1
+    x = normals(N, D, seed=0).requires_grad_()
+    weight = normals(V, D, seed=1).requires_grad_()
+    loss = linear_cross_entropy(x, TARGETS, make_head(weight), grad_scale=scale, chunk_rows=N)
+    (loss * scale).backward()
+    logits = x.detach() @ weight.detach().T
+    cross_entropy_(logits, TARGETS, scale)
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert torch.equal(x.grad, logits @ weight.detach())
+    assert torch.equal(weight.grad, logits.T @ x.detach())
 
 
 def test_scores_of_targets() -> None:

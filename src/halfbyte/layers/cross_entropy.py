@@ -17,9 +17,13 @@ from torch import Tensor
 from halfbyte.errors import UsageError
 from halfbyte.formats.checks import describe
 from halfbyte.kernels.cross_entropy import cross_entropy_
-from halfbyte.kernels.gemm import matmul
 from halfbyte.layers.autograd import Context, apply
-from halfbyte.layers.matmul import multiply, multiply_transposed, write_product
+from halfbyte.layers.matmul import (
+    add_weight_gradient,
+    multiply,
+    multiply_transposed,
+    write_product,
+)
 from halfbyte.layers.weights import Weight, WeightRef, WeightStore
 
 CHUNK_BYTES = 64 * 2**20
@@ -197,7 +201,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_x is not None:
                 grad_x[chunk] = multiply_transposed(logits_CV, weight_VD, x_ND.dtype)
             if grad_weight is not None:
-                grad_weight += matmul(logits_CV.to(x_ND.dtype).T, x_CD, dtype=torch.float32)
+                add_weight_gradient(grad_weight, logits_CV, x_CD)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.kept = (grad_scale, None if trainable is None else trainable.dtype)
         return total
@@ -207,9 +211,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         # A Python number, so that low-precision gradients are multiplied with it in float32.
         grad_scale, weight_dtype = ctx.kept
-        factor = grad.item() / grad_scale
-        if grad_x is not None:
-            grad_x = grad_x * factor
+        factor = grad.item() / torch.tensor(grad_scale, dtype=grad.dtype).item()
+        if factor != 1.0:  # the caller did otherwise than announced: each product is a copy
+            grad_x, grad_weight = (None if g is None else g * factor for g in (grad_x, grad_weight))
         if grad_weight is not None:
-            grad_weight = (grad_weight * factor).to(weight_dtype)
+            grad_weight = grad_weight.to(weight_dtype)
         return grad_x, grad_weight, None, None, None, None, None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.formats.quantized_tensor import QuantizedTensor
-from halfbyte.kernels.gemm import matmul, matmul_into_, multiplied_here
+from halfbyte.kernels.gemm import matmul, matmul_add_, matmul_into_, multiplied_here
 from halfbyte.kernels.linear import linear, linear_input_gradient
 from halfbyte.layers.weights import Weight, as_tensor
 
@@ -38,6 +38,18 @@ def multiply_transposed(
     if not multiplied_here(grad_TO, weight_OI):
         grad_TO, weight_OI = grad_TO.to(dtype), as_tensor(weight_OI, dtype)
     return matmul(grad_TO, weight_OI, dtype=dtype)
+
+
+def add_weight_gradient(total_OI: Tensor, grad_TO: Tensor, x_TI: Tensor) -> None:
+    """`total += gradᵀ x`, float32, what reaches the weight of `multiply`.
+
+    Where `grad` has another dtype than `x`, it is rounded to that first unless our kernels
+    multiply.
+    """
+    if multiplied_here(grad_TO.T, x_TI) or grad_TO.dtype == x_TI.dtype == total_OI.dtype:
+        matmul_add_(total_OI, grad_TO.T, x_TI)
+    else:
+        total_OI += matmul(grad_TO.to(x_TI.dtype).T, x_TI, dtype=torch.float32)
 
 
 def write_product(out_TO: Tensor, x_TI: Tensor, weight_OI: Weight) -> None:
