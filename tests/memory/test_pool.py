@@ -240,14 +240,34 @@ def test_a_walk_that_is_left_early_keeps_what_was_done() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fast_bytes", "page_bytes"),
+    [
+        pytest.param(128 * 10**6, 2**22, id="as-large-as-they-get"),
+        pytest.param(2**25, 2**22, id="just-eight"),
+        pytest.param(2**25 - 1, 2**21, id="more-than-eight"),
+        pytest.param(2**23, 2**20, id="8-MiB"),
+        pytest.param(2**19, 2**18, id="as-small-as-they-get"),
+    ],
+)
+def test_pages_fit_the_budget_eight_times(fast_bytes: int, page_bytes: int) -> None:
+    pool = Pool(FakeTier(), fast_bytes=fast_bytes)
+    pool.set_budget(2 * page_bytes)
+    with pytest.raises(UsageError, match=f"2 pages of {page_bytes} bytes"):
+        pool.set_budget(2 * page_bytes - 1)
+
+
+@pytest.mark.parametrize(
     ("fast_bytes", "page_bytes", "message"),
     [
+        (2**19 - 1, None, "2 pages of 262144"),
         (2 * PAGE - 1, PAGE, "2 pages of 4096"),
         (2**20, 5000, "multiple of 4096"),
         (2**20, 0, "multiple"),
     ],
 )
-def test_budgets_and_pages_that_cannot_work(fast_bytes: int, page_bytes: int, message: str) -> None:
+def test_budgets_and_pages_that_cannot_work(
+    fast_bytes: int, page_bytes: int | None, message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         Pool(FakeTier(), fast_bytes=fast_bytes, page_bytes=page_bytes)
     pool = made(FakeTier(), 3)

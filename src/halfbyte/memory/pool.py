@@ -36,11 +36,20 @@ from halfbyte.memory.transfers import Page
 from halfbyte.memory.walks import Chunk, Stop, Walk, stops_at
 
 PAGE_BYTES = 2**22
-"""Large enough for a disk to reach its speed, small enough for a budget of a few MB."""
+"""Large enough for a disk to reach its speed."""
+SMALL_PAGE_BYTES = 2**18
+"""Below this a page costs more processor time than it saves in waiting."""
 MIN_PAGES = 2
 """One at work and one on its way, or two together."""
 
 _IN_FLIGHT = 3  # transfers queued ahead of a walk
+_PAGES_TO_OVERLAP = 8  # two at work, three on their way, and as many leaving
+
+
+def page_bytes_for(fast_bytes: int) -> int:
+    """The largest pages of which a budget has enough for transfers to overlap the work."""
+    wanted = 1 << max(fast_bytes // _PAGES_TO_OVERLAP, 1).bit_length() - 1
+    return min(max(wanted, SMALL_PAGE_BYTES), PAGE_BYTES)
 
 
 class Pool:
@@ -52,8 +61,15 @@ class Pool:
         UsageError: The budget has no room for two pages.
     """
 
-    def __init__(self, tier: Tier, *, fast_bytes: int, page_bytes: int = PAGE_BYTES) -> None:
-        """Begin empty; the budget holds `fast_bytes // page_bytes` pages."""
+    def __init__(self, tier: Tier, *, fast_bytes: int, page_bytes: int | None = None) -> None:
+        """Begin empty; the budget holds `fast_bytes // page_bytes` pages.
+
+        Args:
+            tier: Where pages are.
+            fast_bytes: The budget.
+            page_bytes: Of a page; by default as `page_bytes_for` the budget.
+        """
+        page_bytes = page_bytes_for(fast_bytes) if page_bytes is None else page_bytes
         if page_bytes < BLOCK or page_bytes % BLOCK:
             raise UsageError(f"page_bytes: a multiple of {BLOCK} expected, found {page_bytes}")
         self._tier = tier

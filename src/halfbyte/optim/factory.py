@@ -80,7 +80,7 @@ def make_optimizer(
     *,
     fast_bytes: int | None = None,
     directory: Path | None = None,
-    page_bytes: int = PAGE_BYTES,
+    page_bytes: int | None = None,
     **settings: float | tuple[float, float],
 ) -> StatefulOptimizer:
     """The optimizer of that name.
@@ -90,7 +90,7 @@ def make_optimizer(
         params: As `AdamW`.
         fast_bytes: Budget of a paged optimizer, in bytes.
         directory: For its file.
-        page_bytes: Bytes of its pages.
+        page_bytes: Bytes of its pages; by default as the budget allows.
         settings: `lr` and others that the optimizer has.
 
     Raises:

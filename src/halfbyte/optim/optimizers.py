@@ -8,7 +8,6 @@ resident optimizer, bit for bit, also across export and import.
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from halfbyte.memory.pool import PAGE_BYTES
 from halfbyte.optim.optimizer import Params, StatefulOptimizer
 from halfbyte.optim.paging import Paging
 from halfbyte.optim.rules import AdamWRule, LionRule, SGDRule
@@ -79,7 +78,7 @@ class PagedAdamW(AdamW):
         *,
         fast_bytes: int,
         directory: Path | None = None,
-        page_bytes: int = PAGE_BYTES,
+        page_bytes: int | None = None,
         state_bits: int = 32,
         **settings: Unpack[AdamWSettings],
     ) -> None:
@@ -97,7 +96,7 @@ class PagedAdamW8bit(PagedAdamW):
         *,
         fast_bytes: int,
         directory: Path | None = None,
-        page_bytes: int = PAGE_BYTES,
+        page_bytes: int | None = None,
         **settings: Unpack[AdamWSettings],
     ) -> None:
         """As `PagedAdamW`."""

@@ -7,7 +7,7 @@ import torch
 
 from halfbyte.errors import UnsupportedError
 from halfbyte.memory.device import CudaStreams, PinnedHostTier
-from halfbyte.memory.pool import PAGE_BYTES, Pool
+from halfbyte.memory.pool import Pool
 from halfbyte.memory.tiers import FileTier, Tier
 
 
@@ -19,12 +19,12 @@ class Paging:
         fast_bytes: Budget of state in fast memory: RAM for parameters on a CPU, device memory on a
             GPU.
         directory: For the file of a CPU's slow tier; on a disk. By default TMPDIR, else /var/tmp.
-        page_bytes: What moves at a time.
+        page_bytes: What moves at a time; by default up to 4 MiB, as the budget allows.
     """
 
     fast_bytes: int
     directory: Path | None = None
-    page_bytes: int = PAGE_BYTES
+    page_bytes: int | None = None
 
     def pool(self, device: torch.device) -> Pool:
         """An empty pool for parameters on that device.
