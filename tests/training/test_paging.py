@@ -27,7 +27,7 @@ from halfbyte.training.trainer import Ending
 from training.test_resume import StopAt, results
 from training.tiny_run import make_config
 
-PAGE = 16384
+PAGE = 32768
 SETTINGS = (
     "training.max_steps=5",
     "training.save_steps=2",
@@ -178,8 +178,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
         pytest.param("posix_fallocate", 0, errno.ENOSPC, False, id="full-before-the-first-step"),
         pytest.param("posix_fallocate", 1, errno.EDQUOT, True, id="quota-in-the-first-step"),
         pytest.param("pwritev", 10, errno.ENOSPC, True, id="no-space-in-the-first-step"),
-        pytest.param("pwritev", 200, errno.EIO, True, id="write-fails-later"),
-        pytest.param("preadv", 200, errno.EIO, False, id="read-fails"),
+        pytest.param("pwritev", 100, errno.EIO, True, id="write-fails-later"),
+        pytest.param("preadv", 100, errno.EIO, False, id="read-fails"),
     ],
 )
 def test_a_slow_tier_that_fails_costs_no_complete_step(
