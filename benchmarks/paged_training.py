@@ -1,145 +1,197 @@
-"""Fine-tuning of all weights with a paged optimizer: step time and memory by budget.
+"""Training with a paged optimizer: step time by budget.
 
-    python benchmarks/paged_training.py MODEL_DIRECTORY time [--budgets 2000 512 128 32]
-    python benchmarks/paged_training.py MODEL_DIRECTORY memory [--budget 128]
-    python benchmarks/paged_training.py MODEL_DIRECTORY limited [--budget 128]
+    python -m benchmarks.paged_training MODEL_DIRECTORY [--budgets 2000 512 128 32]
 
-`time`: one process changes the budget of its paged optimizer from step to step, in turn, so that
-other work on the machine hits all of them; each budget is compared with the largest, which holds
-everything, in the same round. Writes the figures as JSON, and with `--plot` as a picture.
-`memory`: VmHWM of processes that take two steps, resident and paged.
-`limited`: the paged run in a control group (version 1) whose limit is what the rest of the run
-needs and the budget; then the resident run in the same group. Needs root.
-
-Documents of 512 random tokens, by default 4 a step, in one micro-batch.
+A run with the same optimizer, not paged, and one whose budget changes from step to step take turns
+in one process, so that other work on the machine hits both; a step is compared with the resident
+one just before it. Pairs during which others used the processor are left out. With `--json FILE`
+further rounds are added to those in the file. Beside that, the rate of the disk: pages read and
+written at once, by two threads, as the pool does it. What an update moves takes so long at least,
+whatever the arithmetic.
 """
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from halfbyte.data.batch import Batch
-from halfbyte.layers.segments import pack
-from halfbyte.memory.resident import PeakSampler, peak_bytes
-from halfbyte.optim.accumulators import Accumulator
-from halfbyte.optim.factory import footprint, make_optimizer, weight_decay_groups
-from halfbyte.optim.optimizer import StatefulOptimizer
-from halfbyte.training.config_file import load_config
-from halfbyte.training.methods import TrainedModel, open_trained_model
-from halfbyte.training.step import compute_gradients
+from benchmarks.paged_run import MB, StepFigures, open_run, run_arguments, save
+from halfbyte.memory.pool import PAGE_BYTES
+from halfbyte.memory.tiers import FileTier
 
-MB = 10**6
-LENGTH = 512
-GROUPS = Path("/sys/fs/cgroup/memory")
+_DISK_PAGES = 128
+_THREADS = 2
 
 
-@dataclass
-class Run:
-    """A model and what trains it."""
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A resident step and the paged one after it."""
 
-    model: TrainedModel
-    optimizer: StatefulOptimizer
-    accumulator: Accumulator
-    batch: Batch
+    budget_mb: int
+    resident: StepFigures
+    paged: StepFigures
 
-    def step(self) -> float:
-        """Take a step; its seconds."""
-        begun = time.perf_counter()
-        compute_gradients(self.model.decoder, [self.batch], self.accumulator, max_norm=1.0)
-        self.optimizer.step()
-        self.model.refresh()
-        return time.perf_counter() - begun
+    @property
+    def alone(self) -> bool:
+        """Whether the times mean something."""
+        return self.resident.alone and self.paged.alone
 
 
-def open_run(arguments: argparse.Namespace, name: str, fast_bytes: int | None) -> Run:
-    """Everything for steps on the model; `fast_bytes` for a paged optimizer."""
-    config = load_config(
-        None,
-        [
-            f"model={arguments.model}",
-            "data.train=none",
-            "output.dir=none",
-            f"training.method={arguments.method}",
-            f"training.compute_dtype={arguments.dtype}",
-        ],
-    )
-    model = open_trained_model(config)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(
-        0,
-        model.decoder.config.vocabulary_size,
-        (arguments.documents * LENGTH,),
-        generator=generator,
-    )
-    rows = tuple(f"document {number}" for number in range(arguments.documents))
-    batch = Batch(tokens, tokens.roll(-1), pack([LENGTH] * len(rows)), rows)
-    groups = weight_decay_groups(model.parameters.items(), 0.01)
-    optimizer = make_optimizer(
-        name,
-        [dict(group) for group in groups],
-        fast_bytes=fast_bytes,
-        directory=None if fast_bytes is None else arguments.directory,
-        lr=1e-5,
-    )
-    return Run(model, optimizer, optimizer.accumulator(model.stand_ins), batch)
+@dataclass(frozen=True, slots=True)
+class BudgetRow:
+    """Medians of the steps at a budget.
+
+    Attributes:
+        budget_mb: The budget; None without paging.
+        num_steps: Steps.
+        seconds: Of a step.
+        ratio: Of it and the resident step before it.
+        update_seconds: Of the optimizer's part.
+        stall_seconds: Waiting for the disk.
+        moved_mb: Both ways, in a step.
+        floor_seconds: What the update moves, at the rate of the disk.
+    """
+
+    budget_mb: int | None
+    num_steps: int
+    seconds: float
+    ratio: float
+    update_seconds: float
+    stall_seconds: float
+    moved_mb: float
+    floor_seconds: float
 
 
-def measure_time(arguments: argparse.Namespace) -> None:
-    """Steps under budgets in turn."""
+def disk_rate(directory: Path) -> float:
+    """Bytes a second, of pages that are read and pages that are written together."""
+    tier = FileTier(directory)
+    tier.reserve(2 * _DISK_PAGES * PAGE_BYTES)
+
+    def move(thread: int) -> None:
+        buffer = tier.buffer(PAGE_BYTES)
+        for page in range(thread, _DISK_PAGES, _THREADS):
+            tier.write(page * PAGE_BYTES, buffer, None)
+            tier.read((_DISK_PAGES + page) * PAGE_BYTES, buffer, None)
+
+    # Once written, for blocks that never were are not read from the disk.
+    page = tier.buffer(PAGE_BYTES)
+    for number in range(2 * _DISK_PAGES):
+        tier.write(number * PAGE_BYTES, page, None)
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(_THREADS) as executor:
+        list(executor.map(move, range(_THREADS)))
+    seconds = time.perf_counter() - begun
+    tier.close()
+    return 2 * _DISK_PAGES * PAGE_BYTES / seconds
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Steps in turn."""
     budgets = sorted(arguments.budgets, reverse=True)
-    run = open_run(arguments, arguments.optimizer, budgets[0] * MB)
-    run.step()
-    rows: dict[int, list[dict[str, float]]] = {budget: [] for budget in budgets}
+    resident = open_run(arguments, arguments.optimizer, None)
+    paged = open_run(arguments, f"paged_{arguments.optimizer}", budgets[0] * MB)
+    assert paged.optimizer is not None  # noqa: S101  (a name of one was given)
+    rates, pairs = _earlier(arguments.json)
+    resident.settle()
+    paged.settle()
     for _ in range(arguments.rounds):
+        rates.append(disk_rate(arguments.directory))
         for budget in budgets:
-            run.optimizer.set_fast_bytes(budget * MB)
-            run.step()  # fills the budget, or empties it
-            before = run.optimizer.stats()
-            seconds = run.step()
-            moved = run.optimizer.stats().since(before)
-            pages = moved.paged_in_bytes + moved.paged_out_bytes
-            row = {"seconds": seconds, "stall": moved.stall_seconds, "moved_mb": pages / MB}
-            rows[budget].append(row)
-            print(f"{budget:6} MB: {row}, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
-    everything = rows[budgets[0]]
-    print("budget MB  step s  step / all resident  stall s  moved MB")
-    table = []
-    for budget in budgets:
-        pairs = zip(rows[budget], everything, strict=True)
-        entry = {
-            "budget_mb": budget,
-            "seconds": statistics.median(row["seconds"] for row in rows[budget]),
-            "ratio": statistics.median(row["seconds"] / base["seconds"] for row, base in pairs),
-            "stall": statistics.median(row["stall"] for row in rows[budget]),
-            "moved_mb": statistics.median(row["moved_mb"] for row in rows[budget]),
-        }
-        table.append(entry)
+            paged.optimizer.set_fast_bytes(budget * MB)
+            paged.settle()  # fills the budget, or empties it
+            pairs.append(Pair(budget, resident.step(), paged.step()))
+            alone = "" if pairs[-1].alone else "left out: "
+            print(f"{alone}{pairs[-1]}", file=sys.stderr)
+        if arguments.json:
+            record: dict[str, object] = {
+                "command": " ".join(["python -m benchmarks.paged_training", *sys.argv[1:]]),
+                "disk_mb_per_second": [rate / MB for rate in rates],
+                "rows": [asdict(row) for row in summarize(pairs, statistics.median(rates))],
+                "pairs": [asdict(pair) for pair in pairs],
+            }
+            save(arguments.json, record)
+    rows = summarize(pairs, statistics.median(rates))
+    rate = statistics.median(rates) / MB
+    print(f"disk, read and written at once: {rate:.0f} MB/s; {paged.stats().slow_tier}")
+    print_table(rows)
+    if arguments.plot and rows:
+        draw(rows, paged.stats().total_bytes, arguments.plot)
+
+
+def summarize(pairs: Sequence[Pair], rate: float) -> list[BudgetRow]:
+    """The resident steps, then those under each budget."""
+    pairs = [pair for pair in pairs if pair.alone]
+    if not pairs:
+        return []
+    rows = [_row(None, [(pair.resident, pair.resident) for pair in pairs], rate)]
+    for budget in sorted({pair.budget_mb for pair in pairs}, reverse=True):
+        chosen = [(pair.resident, pair.paged) for pair in pairs if pair.budget_mb == budget]
+        rows.append(_row(budget, chosen, rate))
+    return rows
+
+
+def print_table(rows: Sequence[BudgetRow]) -> None:
+    """As Markdown."""
+    print(
+        "| budget, MB | steps | step, s | ratio | update, s | stalled, s | moved, MB | least, s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
         print(
-            f"{budget:9} {entry['seconds']:7.2f} {entry['ratio']:20.3f} {entry['stall']:8.2f} "
-            f"{entry['moved_mb']:9.0f}"
+            f"| {row.budget_mb or 'resident'} | {row.num_steps} | {row.seconds:.2f} "
+            f"| {row.ratio:.3f} | {row.update_seconds:.2f} | {row.stall_seconds:.2f} "
+            f"| {row.moved_mb:.0f} | {row.floor_seconds:.2f} |"
         )
-    if arguments.plot:
-        total = run.optimizer.stats().total_bytes
-        draw(table, total, arguments.plot)
 
 
-def draw(table: list[dict[str, float]], total: int, picture: Path) -> None:
+def _earlier(path: Path | None) -> tuple[list[float], list[Pair]]:
+    """The disk rates and pairs of a file that is there already."""
+    if path is None or not path.exists():
+        return [], []
+    record = json.loads(path.read_text())
+    pairs = [
+        Pair(p["budget_mb"], StepFigures(**p["resident"]), StepFigures(**p["paged"]))
+        for p in record["pairs"]
+    ]
+    return [rate * MB for rate in record["disk_mb_per_second"]], pairs
+
+
+def _row(
+    budget: int | None, pairs: Sequence[tuple[StepFigures, StepFigures]], rate: float
+) -> BudgetRow:
+    steps = [step for _, step in pairs]
+    return BudgetRow(
+        budget,
+        num_steps=len(pairs),
+        seconds=statistics.median(step.seconds for step in steps),
+        ratio=statistics.median(step.seconds / base.seconds for base, step in pairs),
+        update_seconds=statistics.median(step.update_seconds for step in steps),
+        stall_seconds=statistics.median(step.stall_seconds for step in steps),
+        moved_mb=statistics.median(step.moved_bytes for step in steps) / MB,
+        floor_seconds=statistics.median(step.moved_in_update for step in steps) / rate,
+    )
+
+
+def draw(rows: Sequence[BudgetRow], total: int, picture: Path) -> None:
     """Step time over budget."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
-    budgets = [min(entry["budget_mb"], total / MB) for entry in table]
-    axes.plot(budgets, [entry["seconds"] for entry in table], "o-", color="C0", label="step")
-    waits = [entry["stall"] for entry in table]
+    paged = [(min(row.budget_mb, total / MB), row) for row in rows if row.budget_mb is not None]
+    budgets = [budget for budget, _ in paged]
+    seconds = [row.seconds for _, row in paged]
+    axes.plot(budgets, seconds, "o-", color="C0", label="step")
+    resident = next(row.seconds for row in rows if row.budget_mb is None)
+    axes.axhline(resident, color="C2", linestyle="--", label="step, resident")
+    waits = [row.stall_seconds for _, row in paged]
     axes.plot(budgets, waits, "o-", color="C1", label="of it, waiting for the disk")
     axes.set_xscale("log")
     axes.set_xticks(budgets, [f"{budget:,.0f}" for budget in budgets])
@@ -148,113 +200,23 @@ def draw(table: list[dict[str, float]], total: int, picture: Path) -> None:
     axes.set_xlabel(f"budget in MB, of {total / MB:,.0f} MB of state and gradients")
     axes.set_ylabel("seconds")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center right")
     figure.savefig(picture, dpi=100)
-
-
-def two_steps(arguments: argparse.Namespace) -> None:
-    """Take steps in this process and print what it took."""
-    fast_bytes = arguments.budget * MB if arguments.optimizer.startswith("paged") else None
-    with PeakSampler(interval=0.002) as sampler:
-        run = open_run(arguments, arguments.optimizer, fast_bytes)
-        seconds = [run.step() for _ in range(arguments.steps)]
-    stats = run.optimizer.stats()
-    sizes = [parameter.numel() for parameter in run.model.parameters.values()]
-    print(
-        json.dumps(
-            {
-                "peak": peak_bytes(),
-                "private": sampler.peak,
-                "cached": stats.cached_bytes,
-                "seconds": seconds,
-                "held": footprint(arguments.optimizer, sizes, fast_bytes=fast_bytes).resident,
-                "slow_tier": stats.slow_tier,
-            }
-        )
-    )
-
-
-def child(
-    arguments: argparse.Namespace, optimizer: str, group: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    """A process that takes two steps, in a control group if one is given."""
-    command = [sys.executable, __file__, str(arguments.model), "steps", "--dtype", arguments.dtype]
-    command += ["--optimizer", optimizer, "--budget", str(arguments.budget)]
-    command += ["--directory", str(arguments.directory), "--method", arguments.method]
-    command += ["--documents", str(arguments.documents)]
-
-    def enter() -> None:
-        if group is not None:
-            (group / "cgroup.procs").write_text(str(os.getpid()))
-
-    return subprocess.run(  # noqa: S603
-        command,
-        check=group is None,
-        capture_output=True,
-        text=True,
-        preexec_fn=enter,
-    )
-
-
-def measure_memory(arguments: argparse.Namespace) -> None:
-    """Peaks of resident and paged runs."""
-    base = 0
-    for name in ("adamw", "paged_adamw", "adamw_8bit", "paged_adamw_8bit"):
-        found = json.loads(child(arguments, name).stdout)
-        base = base or found["peak"]
-        print(
-            f"{name:17} peak {found['peak'] / MB:6.0f} MB, "
-            f"private {found['private'] / MB:6.0f} MB, "
-            f"{(base - found['peak']) / MB:5.0f} MB less; page cache of the file "
-            f"{found['cached'] / MB:.0f} MB ({found['slow_tier']})"
-        )
-
-
-def measure_limited(arguments: argparse.Namespace) -> None:
-    """Under a limit of what else the run needs and the budget."""
-    found = json.loads(child(arguments, "paged_adamw").stdout)
-    rest = found["private"] - found["held"]  # the largest gradient is whole for a moment: it counts
-    limit = rest + arguments.budget * MB
-    print(f"limit: {rest / MB:.0f} MB + {arguments.budget} MB = {limit / MB:.0f} MB")
-    group = GROUPS / f"halfbyte-{os.getpid()}"
-    group.mkdir()
-    try:
-        (group / "memory.limit_in_bytes").write_text(str(limit))
-        for name in ("paged_adamw", "adamw"):
-            (group / "memory.max_usage_in_bytes").write_text("0")
-            done = child(arguments, name, group)
-            most = int((group / "memory.max_usage_in_bytes").read_text())
-            how = f"ended with {done.returncode}"
-            if done.returncode == 0:
-                took = json.loads(done.stdout)
-                how = f"{took['private'] / MB:.0f} MB private, steps {took['seconds']} s"
-            print(f"{name}: {how}; the group held {most / MB:.0f} MB at most")
-    finally:
-        group.rmdir()
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Paged training: time and memory by budget.")
-    parser.add_argument("model", type=Path)
-    parser.add_argument("what", choices=["time", "memory", "limited", "steps"])
-    parser.add_argument("--method", default="full", choices=["full", "lora", "qlora"])
-    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
+    parser = argparse.ArgumentParser(description="Paged training: step time by budget.")
+    run_arguments(parser)
+    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "adamw_8bit"])
     parser.add_argument("--budgets", type=int, nargs="+", default=[2000, 512, 128, 32])
-    parser.add_argument("--budget", type=int, default=128)
-    parser.add_argument("--documents", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--optimizer", default="paged_adamw")
-    parser.add_argument("--directory", type=Path, default=Path("/var/tmp"))  # noqa: S108
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    {
-        "time": measure_time,
-        "memory": measure_memory,
-        "limited": measure_limited,
-        "steps": two_steps,
-    }[arguments.what](arguments)
+    torch.set_num_threads(arguments.threads)
+    measure(arguments)
 
 
 if __name__ == "__main__":
