@@ -1,6 +1,8 @@
 """Paged is unpaged, bit for bit: for every budget, with budgets that change, across a resume."""
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +159,24 @@ def test_what_cannot_page_is_refused_at_once() -> None:
     meta = [torch.nn.Parameter(torch.empty(3, device="meta"))]
     with pytest.raises(UnsupportedError, match="no paging for parameters on meta"):
         PagedAdamW(meta, fast_bytes=2**23)
+
+
+_STEP = """
+import sys
+import torch
+from halfbyte.optim import PagedAdamW, make_optimizer
+param = torch.nn.Parameter(torch.ones(8))
+for optimizer in (PagedAdamW([param], fast_bytes=2**19), make_optimizer("adamw", [param])):
+    gradients = optimizer.accumulator()
+    gradients.begin()
+    (param * param).sum().backward()
+    gradients.finish(max_norm=1.0)
+    optimizer.step()
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_no_compiler_is_imported() -> None:
+    """It would take 72 MB, and a second, of every run."""
+    done = subprocess.run([sys.executable, "-c", _STEP], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"

@@ -30,6 +30,12 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 """What PyTorch's optimizers take: parameters, groups, or named parameters."""
 
 
+# As PyTorch wraps it, the first call imports its compiler, only to keep it out: 72 MB of memory.
+_add_param_group = getattr(
+    torch.optim.Optimizer.add_param_group, "__wrapped__", torch.optim.Optimizer.add_param_group
+)
+
+
 @dataclass(frozen=True, slots=True)
 class _Work:
     """One parameter in one step; its gradient is None when it is in pages."""
@@ -74,7 +80,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As PyTorch's; settings and parameters are checked."""
-        super().add_param_group(param_group)
+        _add_param_group(self, param_group)
         group = self.param_groups[-1]
         try:
             _require_settings(group)
