@@ -109,14 +109,14 @@ def measure(arguments: argparse.Namespace) -> None:
             pairs.append(Pair(budget, resident.step(), paged.step()))
             alone = "" if pairs[-1].alone else "left out: "
             print(f"{alone}{pairs[-1]}", file=sys.stderr)
-        if arguments.json:
-            record: dict[str, object] = {
-                "command": " ".join(["python -m benchmarks.paged_training", *sys.argv[1:]]),
-                "disk_mb_per_second": [rate / MB for rate in rates],
-                "rows": [asdict(row) for row in summarize(pairs, statistics.median(rates))],
-                "pairs": [asdict(pair) for pair in pairs],
-            }
-            save(arguments.json, record)
+            if arguments.json:
+                record: dict[str, object] = {
+                    "command": " ".join(["python -m benchmarks.paged_training", *sys.argv[1:]]),
+                    "disk_mb_per_second": [rate / MB for rate in rates],
+                    "rows": [asdict(row) for row in summarize(pairs, statistics.median(rates))],
+                    "pairs": [asdict(pair) for pair in pairs],
+                }
+                save(arguments.json, record)
     rows = summarize(pairs, statistics.median(rates))
     rate = statistics.median(rates) / MB
     print(f"disk, read and written at once: {rate:.0f} MB/s; {paged.stats().slow_tier}")
