@@ -15,7 +15,6 @@ from halfbyte.formats.safetensors_writer import SafetensorsWriter, TensorSpec
 from halfbyte.models.record import RECORD
 from halfbyte.storage.atomic import new_directory
 from halfbyte.storage.json_file import read_json_object
-from halfbyte.text.tokenizer import Tokenizer
 from halfbyte.training.config import Config
 from halfbyte.training.methods import COMPUTE_DTYPES, TrainedModel
 from halfbyte.training.run_data import RunData
@@ -37,7 +36,6 @@ _COMPANIONS = (
 
 def provenance(
     config: Config,
-    tokenizer: Tokenizer,
     data: RunData,
     steps: int,
     below: Stack | None = None,
@@ -49,7 +47,7 @@ def provenance(
         "halfbyte": halfbyte.__version__,
         "base": {"path": config.model, **base},
         ON_TOP_OF: [] if below is None else below.below,
-        "tokenizer": tokenizer.fingerprint,
+        "tokenizer": data.tokenizer,
         "data": {"train": config.data.train, "fingerprint": data.reading.fingerprint},
         "method": config.training.method,
         "steps": steps,

@@ -150,7 +150,7 @@ def _finish(session: Session, opened: _Opened, observer: Observer | None) -> Run
         outcome = Trainer(session, reports, stop).run()
     if outcome.ending is Ending.STOPPED:
         return RunResult(session.directory, outcome, None)
-    origin = provenance(session.config, tokenizer, data, outcome.step, session.model.below)
+    origin = provenance(session.config, data, outcome.step, session.model.below)
     result = export_result(session.model, session.config, session.directory, origin)
     plot_losses(session.directory / METRICS_FILE, session.directory / "loss.png")
     return RunResult(session.directory, outcome, result)
