@@ -181,9 +181,8 @@ class RunMemory:
         if grows_faster or largest.num_tokens <= LARGE_TOKENS:
             half = max(largest.num_tokens // 2, 2)
             return (largest.resized(half), largest)
-        # One chunk of logits in both, and of different sizes, to see what a row of them takes.
+        # One chunk of logits in both, and of different sizes, to see what a row of them takes; but
+        # the same if chunks are short, because few rows are multiplied in another way than a chunk.
         chunk = default_chunk_rows(shape.vocabulary_size)
-        return (
-            largest.resized(SMALL_TOKENS, max(chunk // 2, 1)),
-            largest.resized(LARGE_TOKENS, chunk),
-        )
+        fewer = chunk if 2 * chunk <= SMALL_TOKENS else max(chunk // 2, 1)
+        return largest.resized(SMALL_TOKENS, fewer), largest.resized(LARGE_TOKENS, chunk)
