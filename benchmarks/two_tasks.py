@@ -27,7 +27,7 @@ from halfbyte.data.read import load_dataset
 from halfbyte.training.held_out import score_held_out
 
 TASKS = ("e2e", "gsm8k")
-CALIBRATION, PROBE, SEARCH, HELD_OUT = 60, 40, 24, 50
+CALIBRATION, PROBE, SEARCH, HELD_OUT = 50, 30, 24, 40
 """Rows of a task; half as many for GSM8K, whose rows are three times as long."""
 
 MIXES = {
