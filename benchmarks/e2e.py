@@ -182,7 +182,7 @@ def report(options: argparse.Namespace, results: Sequence[Result]) -> None:
         summary["interval"] = t * statistics.stdev(relative) / math.sqrt(len(relative))
     print("qlora against lora, held-out loss:", summary)
     content = {
-        "command": " ".join(["python -m benchmarks.e2e", *sys.argv[4:]]),
+        "command": " ".join(["python -m benchmarks.e2e", *sys.argv[5:]]),
         "steps": options.steps,
         "tokens_per_step": options.tokens,
         "threads": torch.get_num_threads(),
