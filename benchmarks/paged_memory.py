@@ -4,7 +4,7 @@
     python -m benchmarks.paged_memory MODEL_DIRECTORY limited [--budget 128]
 
 `peaks`: VmHWM and private memory of processes that take two steps, each with another optimizer. The
-first drops its gradients and has no state: what it takes is the rest of the run.
+last drops its gradients and has no state: what it takes is the rest of the run.
 `limited`: the paged run in a control group (version 1) whose limit is the rest of the run and the
 budget; then the resident run in the same group. Needs root.
 """

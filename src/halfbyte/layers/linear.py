@@ -30,7 +30,7 @@ from halfbyte.layers.lora import (
     fold_seed,
 )
 from halfbyte.layers.matmul import bind, multiply, multiply_transposed
-from halfbyte.layers.recipe import Recipe, Restore, keep
+from halfbyte.layers.recipe import Recipe, Restore, saved_for
 from halfbyte.layers.weights import WeightRef, WeightStore
 
 
@@ -206,7 +206,7 @@ class _TrainableProjection(torch.autograd.Function):
         bias_O: Tensor | None,
         recipe: Recipe | None,
     ) -> Tensor:
-        saved, ctx.kept = keep(x_TI, recipe)
+        saved, ctx.kept = saved_for(x_TI, recipe)
         ctx.save_for_backward(weight_OI, *saved)
         return matmul(x_TI, weight_OI.T, bias_O)
 
@@ -289,7 +289,7 @@ class _GroupProjection(torch.autograd.Function):
                 b_OR = factors[2 * i + 1].to(dtype)
                 matmul_add_(outputs[term.output], h_TR, b_OR.T, alpha=term.scale)
                 hidden[i] = h_TR
-        saved, restore = keep(x_TI, recipe)
+        saved, restore = saved_for(x_TI, recipe)
         ctx.kept = group, restore
         # The input is needed for the gradient of A only.
         wanted: tuple[bool, ...] = ctx.needs_input_grad

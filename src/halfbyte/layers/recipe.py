@@ -29,7 +29,7 @@ Restore = Callable[[Sequence[Tensor]], Tensor]
 """Makes an activation out of the tensors that were saved for it."""
 
 
-def keep(x: Tensor, recipe: Recipe | None) -> tuple[tuple[Tensor, ...], Restore]:
+def saved_for(x: Tensor, recipe: Recipe | None) -> tuple[tuple[Tensor, ...], Restore]:
     """What a node saves to have `x` in its backward, and how it gets `x` from that.
 
     The second holds no tensor: saved ones are let go when a layer is recomputed, others would stay.

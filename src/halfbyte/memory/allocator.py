@@ -37,7 +37,7 @@ def return_freed_memory(threshold: int = THRESHOLD_BYTES) -> bool:
 
 
 def trim_heap() -> None:
-    """Give back the free pages between small blocks, which no threshold reaches; a millisecond."""
+    """Give back the free pages between small blocks, which no threshold reaches; milliseconds."""
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
