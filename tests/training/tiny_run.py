@@ -34,12 +34,19 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def make_model(directory: Path, *, four_bit: bool = True) -> Path:
-    """A random Llama with a byte-level tokenizer, as `halfbyte quantize` would leave it."""
+def make_model(directory: Path, *, four_bit: bool = True, **changes: Any) -> Path:
+    """A random Llama with a byte-level tokenizer, as `halfbyte quantize` would leave it.
+
+    Args:
+        directory: For the model.
+        four_bit: Whether its projections are in NF4.
+        changes: To `SETTINGS`.
+    """
+    settings = SETTINGS | changes
     write_model(directory, "byte-level")
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
-    for ref in layout_of(parse_config(SETTINGS)).refs():
+    for ref in layout_of(parse_config(settings)).refs():
         if len(ref.shape) == 1:
             tensors[ref.name] = torch.ones(ref.shape, dtype=torch.bfloat16)
             continue
@@ -49,7 +56,7 @@ def make_model(directory: Path, *, four_bit: bool = True) -> Path:
         else:
             tensors[ref.name] = weight
     write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
-    config = dict(SETTINGS)
+    config = dict(settings)
     if four_bit:
         quantization = quantization_config("nf4", block_size=64, double_quant=True)
         config["quantization_config"] = quantization

@@ -45,8 +45,8 @@ from halfbyte.training.session import Session, open_session
 from halfbyte.training.shapes import MicroBatchShape
 from halfbyte.training.trainer import Trainer
 
-WARM_TOKENS = 32
-"""Of the micro-batch that makes gradients, optimizer state and workspaces before the others."""
+EARLIER_TOKENS = 32
+"""Of the micro-batch that makes gradients before the others, in each step if those accumulate."""
 
 BLOCK_BYTES = 16 * 2**10
 """Blocks from this size on come straight from the system: in small steps, too, most of them should,
@@ -115,9 +115,11 @@ def probe(request: ProbeRequest) -> ProbeReport:
     head = model.decoder.head
     model.decoder.head = Head(head.weight, WatchedStore(head.store, places), head.softcap)
 
-    warm = request.shapes[0].resized(min(WARM_TOKENS, request.shapes[0].num_tokens))
-    shapes = [warm, *(shape for _ in request.recompute for shape in request.shapes)]
-    layers = [0, *(count for count in request.recompute for _ in request.shapes)]
+    earlier = request.shapes[0].resized(min(EARLIER_TOKENS, request.shapes[0].num_tokens))
+    # Few rows are multiplied without the workspaces that many take: those come with the largest.
+    warm = (earlier, request.shapes[-1])
+    shapes = [*warm, *(shape for _ in request.recompute for shape in request.shapes)]
+    layers = [0] * len(warm) + [count for count in request.recompute for _ in request.shapes]
     dataset, batches = _documents(shapes, base.config.vocabulary_size)
     steps = [
         (batches[0], batch) if request.accumulate and index else (batch,)
@@ -155,12 +157,12 @@ def probe(request: ProbeRequest) -> ProbeReport:
         "optimizer state": session.optimizer.stats().resident_bytes,
         "workspace": workspace.held_bytes(),
     }
-    evaluated = batches[1 : 1 + len(request.shapes)] if request.evaluate else []
+    evaluated = batches[len(warm) :][: len(request.shapes)] if request.evaluate else []
     return ProbeReport(
-        steps=tuple(measured[1:]),
+        steps=tuple(measured[len(warm) :]),
         evaluations=tuple(_evaluate(model.decoder, batch, places) for batch in evaluated),
         parts=parts,
-        warm_seconds=measured[0].seconds,
+        earlier_seconds=measured[0].seconds,
     )
 
 

@@ -85,18 +85,18 @@ class ProbeReport:
         steps: Shape by shape for each number of recomputed layers.
         evaluations: Shape by shape, if wanted.
         parts: What is permanent, by name.
-        warm_seconds: Of a step with `WARM_TOKENS`.
+        earlier_seconds: Of a step with `EARLIER_TOKENS`.
     """
 
     steps: tuple[StepMemory, ...]
     evaluations: tuple[StepMemory, ...]
     parts: dict[str, int]
-    warm_seconds: float
+    earlier_seconds: float
 
     @classmethod
     def from_json(cls, content: Mapping[str, object]) -> Self:
         """What a probe printed."""
-        parts, seconds = content["parts"], content["warm_seconds"]
+        parts, seconds = content["parts"], content["earlier_seconds"]
         assert isinstance(parts, dict)  # noqa: S101  (our own process wrote it)
         assert isinstance(seconds, float)  # noqa: S101
         steps, evaluations = (_read_steps(content[name]) for name in ("steps", "evaluations"))

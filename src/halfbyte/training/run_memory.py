@@ -118,7 +118,7 @@ class RunMemory:
         """By the mean micro-batch; what accumulating added to the probe is taken off."""
         work, model = self.workload, self._model(recompute)
         mean = round(work.num_tokens / work.total_micro_batches)
-        extra = self._any_report().warm_seconds if work.accumulates else 0.0
+        extra = self._any_report().earlier_seconds if work.accumulates else 0.0
         one = max(model.seconds(mean, recompute) - extra, 0.0)
         return one * work.total_micro_batches / self.num_steps
 
