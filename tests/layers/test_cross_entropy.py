@@ -107,11 +107,14 @@ def test_an_announced_scale_is_applied_once() -> None:
     assert torch.equal(weight.grad, logits.T @ x.detach())
 
 
-def test_scores_of_targets() -> None:
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_scores_of_targets(softcap: float | None) -> None:
     x, weight = normals(N, D, seed=0), normals(V, D, seed=1)
-    head = make_head(weight)
+    head = make_head(weight, softcap)
     scores = score_targets(x, TARGETS, head, chunk_rows=4)
     logits = x @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     torch.testing.assert_close(
         scores.losses, functional.cross_entropy(logits, TARGETS, reduction="none")
     )
@@ -133,25 +136,35 @@ def test_no_targets_cost_nothing() -> None:
     loss = linear_cross_entropy(x, TARGETS[:0], make_head(normals(V, D, seed=1)))
     loss.backward()
     assert loss == 0
+    assert len(score_targets(x, TARGETS[:0], make_head(normals(V, D, seed=1))).losses) == 0
 
 
-def test_the_whole_logits_never_exist() -> None:
-    largest = 0
+class _Logits(torch.utils._python_dispatch.TorchDispatchMode):
+    """The tensors of logits that operators return, by address, with their rows."""
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and out.shape[1:] == (V,) and len(out) != D:
-                largest = max(largest, out.shape[0])
-            return out
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # so that no address is used twice
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.shape[1:] == (V,) and len(out) != D:
+            self._alive.append(out)
+            address = out.untyped_storage().data_ptr()
+            self.rows[address] = max(self.rows.get(address, 0), out.shape[0])
+        return out
+
+
+def test_one_chunk_of_logits_exists() -> None:
+    head = make_head(normals(V, D, seed=1))
     x = normals(N, D, seed=0).requires_grad_()
-    with Watch():
-        linear_cross_entropy(x, TARGETS, make_head(normals(V, D, seed=1)), chunk_rows=6).backward()
-    assert largest == 6
+    with _Logits() as trained:
+        linear_cross_entropy(x, TARGETS, head, chunk_rows=6).backward()
+    assert list(trained.rows.values()) == [6]
+    with _Logits() as scored:
+        score_targets(x, TARGETS, head, chunk_rows=6)
+    assert list(scored.rows.values()) == [6]
 
 
 def test_default_chunk() -> None:

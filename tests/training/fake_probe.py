@@ -27,7 +27,11 @@ class FakeProbe:
             self.step(shape.num_tokens, recompute, shape.num_targets) for shape in request.shapes
         )
         evaluations = tuple(self.evaluation(s.num_tokens, s.num_targets) for s in request.shapes)
-        parts = {"gradients": PERMANENT - self.state, "optimizer state": self.state}
+        parts = {
+            "trained parameters": self.state,
+            "gradients": PERMANENT - 2 * self.state,
+            "optimizer state": self.state,
+        }
         return ProbeReport(steps, evaluations if request.evaluate else (), parts, 0.1)
 
     def step(self, tokens: int, recompute: int, rows: int = LOSS_ROWS) -> StepMemory:

@@ -168,7 +168,8 @@ def test_the_first_step_finds_no_optimizer_state(tmp_path: Path, probe: FakeProb
     assert two - one == pytest.approx(probe.state, rel=0.1)
     paged = ("optimizer.name=paged_adamw", "optimizer.fast_bytes=16MB")
     one = plan_run(make_config(tmp_path, *BIG, "training.max_steps=1", *paged))[0].peak_bytes
-    assert two == pytest.approx(one, rel=0.01)
+    # Their gradients come one by one: a third, of all that the pool holds, by the end of the loss.
+    assert two - one == pytest.approx(probe.state * 2 / 3, rel=0.1)
 
 
 def test_time_follows_from_the_probe(tmp_path: Path, probe: FakeProbe) -> None:

@@ -118,13 +118,23 @@ def score_targets(
         UsageError: As `linear_cross_entropy`.
     """
     _require_targets(x_ND, targets_N, head)
+    vocabulary = head.weight.shape[0]
+    rows = chunk_rows or default_chunk_rows(vocabulary)
     losses = torch.empty(len(targets_N), dtype=torch.float32, device=x_ND.device)
     correct = torch.empty(len(targets_N), dtype=torch.bool, device=x_ND.device)
-    for chunk in _chunks(len(targets_N), chunk_rows or default_chunk_rows(head.weight.shape[0])):
-        logits_CV = head.logits(x_ND[chunk]).float()
-        picked_C1 = targets_N[chunk, None]
-        losses[chunk] = logits_CV.logsumexp(dim=1) - logits_CV.gather(1, picked_C1)[:, 0]
-        correct[chunk] = logits_CV.argmax(dim=1) == targets_N[chunk]
+    buffer = torch.empty(min(rows, len(targets_N)), vocabulary, device=x_ND.device)
+    weight = head.store.acquire(head.weight)
+    try:
+        for chunk in _chunks(len(targets_N), rows):
+            x_CD = x_ND[chunk].detach()
+            logits_CV = buffer[: x_CD.shape[0]]
+            write_product(logits_CV, x_CD, _detached(weight))
+            if head.softcap is not None:
+                logits_CV = _capped(logits_CV, head.softcap)
+            correct[chunk] = logits_CV.argmax(dim=1) == targets_N[chunk]
+            losses[chunk] = cross_entropy_(logits_CV, targets_N[chunk], 1.0)
+    finally:
+        head.store.release(head.weight)
     return TargetScores(losses, correct)
 
 

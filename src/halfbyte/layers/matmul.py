@@ -56,6 +56,8 @@ def write_product(out_TO: Tensor, x_TI: Tensor, weight_OI: Weight) -> None:
     """`out = x Wᵀ`, in the dtype of `out`: without a rounding to that of `x` where possible."""
     if isinstance(weight_OI, Tensor) and multiplied_here(x_TI, weight_OI):
         matmul_into_(out_TO, x_TI, weight_OI.T)
+    elif isinstance(weight_OI, Tensor) and out_TO.dtype == x_TI.dtype == weight_OI.dtype:
+        torch.mm(x_TI, weight_OI.T, out=out_TO)
     else:
         out_TO.copy_(multiply(x_TI, weight_OI))
 

@@ -12,12 +12,12 @@ Dimension key:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from halfbyte.errors import UsageError
 from halfbyte.layers.activation import gated, gated_recipe
@@ -27,6 +27,7 @@ from halfbyte.layers.linear import Linear, project
 from halfbyte.layers.lora import BASE_ONLY, Mix, Routing, route
 from halfbyte.layers.norm import Norm
 from halfbyte.layers.recipe import Recipe
+from halfbyte.layers.recompute import recomputed
 from halfbyte.layers.rotary import Angles, RotarySpec, inverse_frequencies, rotary_table, rotate_
 from halfbyte.layers.segments import Segments
 from halfbyte.layers.weights import WeightRef, WeightStore
@@ -203,9 +204,7 @@ class Decoder:
             self.store.announce(layer.index + 1)
             if layer.index < recompute and torch.is_grad_enabled():
                 # Dropout is a function of seeds, so there is no generator state to restore.
-                x_TD = checkpoint(
-                    layer, x_TD, shared, use_reentrant=False, preserve_rng_state=False
-                )
+                x_TD = recomputed(partial(layer, shared=shared), x_TD)
             else:
                 x_TD = layer(x_TD, shared)
             if x_TD.requires_grad and not self.store.permanent:

@@ -6,10 +6,11 @@ itself, and the largest is the peak: a straight line through the peaks of small 
 miss that the peak moves from the loss, which is limited to a chunk, to the backward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from halfbyte.training.probe_report import StepMemory
+from halfbyte.training.shapes import BatchSize
 
 LOSS = 1
 """The place that grows with the rows of logits that are there at once, besides what is kept."""
@@ -23,16 +24,37 @@ GROWING_ALLOWANCE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
+class Absent:
+    """What was there when measuring, and comes only in the course of a step.
+
+    Attributes:
+        num_bytes: So much is missing where the step begins.
+        arriving: Bytes that come one by one in the backward and take its place. What is still
+            missing at the end of the backward comes in the optimizer's step.
+    """
+
+    num_bytes: int
+    arriving: int
+
+    def at(self, place: int, last: int) -> float:
+        """Bytes missing at a place; in the last, the optimizer's step, none are."""
+        if place == last:
+            return 0.0
+        return max(self.num_bytes - self.arriving * place / last, 0.0)
+
+
+NOTHING = Absent(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
 class StepModel:
     """Memory and time of a step with one micro-batch, from measured ones.
 
     Attributes:
-        loss_rows: Targets whose logits are there at once in the steps to predict.
         keeping: Steps of growing size with few recomputed layers: none, or the setting.
         recomputing: The same with many; empty when only one setting was measured.
     """
 
-    loss_rows: int
     keeping: tuple[StepMemory, ...]
     recomputing: tuple[StepMemory, ...] = ()
 
@@ -41,30 +63,24 @@ class StepModel:
         """Bytes above the start that stay when a step is over."""
         return min(step.peaks[-1] for step in self.keeping)
 
-    def peak(
-        self, num_tokens: int, recompute: int, *, absent_state: int = 0, absent_gradients: int = 0
-    ) -> int:
+    def peak(self, size: BatchSize, recompute: int, absent: Absent = NOTHING) -> int:
         """Bytes above the start at the worst place of a step, allowance included.
 
         Args:
-            num_tokens: Of the micro-batch.
+            size: Of the micro-batch.
             recompute: Layers; within what was measured.
-            absent_state: Bytes of optimizer state that were there when measuring and come only at
-                the last place.
-            absent_gradients: Bytes of gradients that were there when measuring and come one by one
-                in the backward.
+            absent: What the measured steps had from their begin, and this one has not.
         """
-        at_least = self._peaks(self.keeping, num_tokens)
+        peaks = self._peaks(self.keeping, size)
         part = self._part(recompute)
         if part:
-            fewer = self._peaks(self.recomputing, num_tokens)
-            if len(fewer) != len(at_least):
-                at_least, fewer = [max(at_least)], [max(fewer)]
-            at_least = [a + part * (b - a) for a, b in zip(at_least, fewer, strict=True)]
-        last = len(at_least) - 1
-        for place in range(last):
-            at_least[place] -= absent_state + absent_gradients * (last - place) / last
-        return round(max(at_least) * (1 + GROWING_ALLOWANCE)) + FIXED_ALLOWANCE
+            fewer = self._peaks(self.recomputing, size)
+            if len(fewer) != len(peaks):
+                peaks, fewer = [max(peaks)], [max(fewer)]
+            peaks = [a + part * (b - a) for a, b in zip(peaks, fewer, strict=True)]
+        last = len(peaks) - 1
+        worst = max(peak - absent.at(place, last) for place, peak in enumerate(peaks))
+        return round(worst * (1 + GROWING_ALLOWANCE)) + FIXED_ALLOWANCE
 
     def kept(self, num_tokens: int, recompute: int) -> int:
         """Bytes above the start where the loss begins."""
@@ -84,12 +100,12 @@ class StepModel:
         many = _extrapolate([(s.num_tokens, s.seconds) for s in self.recomputing], num_tokens)
         return few + part * (many - few)
 
-    def largest(self, limit: int, recompute: int, most: int) -> int:
-        """Most tokens, up to `most`, of a micro-batch whose peak stays within `limit`; or 0."""
-        low, high = 0, most + 1
+    def largest(self, limit: int, recompute: int, most: BatchSize) -> int:
+        """Most tokens of a micro-batch no larger than `most` with a peak within `limit`; or 0."""
+        low, high = 0, most.num_tokens + 1
         while high - low > 1:
             middle = (low + high) // 2
-            if self.peak(middle, recompute) <= limit:
+            if self.peak(BatchSize(middle, most.loss_rows), recompute) <= limit:
                 low = middle
             else:
                 high = middle
@@ -102,20 +118,20 @@ class StepModel:
             return 0.0
         return (recompute - first) / (self.recomputing[0].recompute - first)
 
-    def _peaks(self, steps: Sequence[StepMemory], num_tokens: int) -> list[float]:
+    def _peaks(self, steps: Sequence[StepMemory], size: BatchSize) -> list[float]:
         """The peak of every place; of the step as a whole when places differ."""
+
+        def at_size(points: Iterable[tuple[StepMemory, float]]) -> float:
+            return _extrapolate([(s.num_tokens, value) for s, value in points], size.num_tokens)
+
         if len({len(step.peaks) for step in steps}) != 1:
-            return [_extrapolate([(s.num_tokens, max(s.peaks)) for s in steps], num_tokens)]
-        peaks = [
-            _extrapolate(
-                [(s.num_tokens, peak) for s, peak in zip(steps, place, strict=True)], num_tokens
-            )
-            for place in zip(*(step.peaks for step in steps), strict=True)
-        ]
+            return [at_size((s, max(s.peaks)) for s in steps)]
+        places = zip(*(step.peaks for step in steps), strict=True)
+        peaks = [at_size(zip(steps, place, strict=True)) for place in places]
         if len(peaks) > LOSS:
-            kept = _extrapolate([(s.num_tokens, s.kept) for s in steps], num_tokens)
             rows = [(s.loss_rows, s.peaks[LOSS] - s.kept) for s in steps]
-            peaks[LOSS] = kept + _extrapolate(rows, self.loss_rows)
+            kept = at_size((s, s.kept) for s in steps)
+            peaks[LOSS] = kept + _extrapolate(rows, size.loss_rows)
         return peaks
 
 

@@ -16,12 +16,18 @@ from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.memory.resident import resident
 from halfbyte.models.decoder import Decoder
 from halfbyte.training.config import Config
-from halfbyte.training.prediction import StepModel
+from halfbyte.training.prediction import NOTHING, Absent, StepModel
 from halfbyte.training.probe_report import ProbeReport, ProbeRequest
 from halfbyte.training.probing import nearest_directory, run_probe
 from halfbyte.training.run_data import RunData
 from halfbyte.training.session import count_steps
-from halfbyte.training.shapes import MicroBatchShape, measure_evaluation, measure_workload
+from halfbyte.training.shapes import (
+    BatchSize,
+    MicroBatchShape,
+    Sizes,
+    measure_evaluation,
+    measure_workload,
+)
 
 SMALL_TOKENS, LARGE_TOKENS = 192, 384
 """Tokens of the two probed micro-batches. Below some 160 kernels and allocator take other ways."""
@@ -62,8 +68,8 @@ class RunMemory:
         self.workload = measure_workload(data.train, options, self.num_steps, vocabulary)
         self.probe_seconds = 0.0
         self._config, self._base = config, base
-        self._held_out = (
-            None
+        self._held_out: Sizes = (
+            frozenset()
             if data.held_out is None
             else measure_evaluation(data.held_out, micro_batch_tokens, vocabulary)
         )
@@ -81,21 +87,17 @@ class RunMemory:
     def peak(self, recompute: int) -> int:
         """Of the run, in bytes."""
         model = self._model(recompute)
-        steps = [
-            model.peak(
-                num_tokens,
-                recompute,
-                absent_state=0 if state else self._state_bytes(),
-                absent_gradients=0 if gradients else self._earlier_gradients(),
-            )
-            for (state, gradients), num_tokens in self.workload.most.items()
-        ]
-        return self._whole(model, max(*steps, self._evaluation(None)))
+        steps = max(
+            model.peak(size, recompute, self._absent(state=state, gradients=gradients))
+            for (state, gradients), sizes in self.workload.most.items()
+            for size in sizes
+        )
+        return self._whole(model, max(steps, self._evaluation()))
 
     def peak_at(self, num_tokens: int, recompute: int) -> int:
         """Of a run whose micro-batches have up to so many tokens, in bytes."""
         model = self._model(recompute)
-        steps = model.peak(num_tokens, recompute)
+        steps = model.peak(BatchSize(num_tokens, self.workload.loss_rows), recompute)
         return self._whole(model, max(steps, self._evaluation(num_tokens)))
 
     def parts(self, recompute: int) -> dict[str, int]:
@@ -112,7 +114,8 @@ class RunMemory:
 
     def largest_tokens(self, limit: int, recompute: int) -> int:
         """Most tokens of a micro-batch whose steps stay within a peak; 0 if none."""
-        return self._model(recompute).largest(limit - self.held.total, recompute, MOST_TOKENS)
+        most = BatchSize(MOST_TOKENS, self.workload.loss_rows)
+        return self._model(recompute).largest(limit - self.held.total, recompute, most)
 
     def seconds_per_step(self, recompute: int) -> float:
         """By the mean micro-batch; what accumulating added to the probe is taken off."""
@@ -122,32 +125,37 @@ class RunMemory:
         one = max(model.seconds(mean, recompute) - extra, 0.0)
         return one * work.total_micro_batches / self.num_steps
 
-    def _state_bytes(self) -> int:
-        """What the first step does not find; a paged optimizer fills its budget in it."""
-        return 0 if self._config.optimizer.paged else self._any_report().parts["optimizer state"]
+    def _absent(self, *, state: bool, gradients: bool) -> Absent:
+        """What probed micro-batches found, and one finds not that lacks either."""
+        parts = self._any_report().parts
+        optimizer = parts["optimizer state"]
+        if not self._config.optimizer.paged:
+            accumulates = self.workload.accumulates and not gradients
+            arriving = parts["gradients"] if accumulates else 0
+            return Absent(arriving + (0 if state else optimizer), arriving)
+        # State and gradients share the pool, which stays as full as it once was.
+        if state:
+            return NOTHING
+        arriving = parts["trained parameters"]  # their gradients, that is
+        return Absent(max(optimizer - arriving, 0), 0) if gradients else Absent(optimizer, arriving)
 
-    def _earlier_gradients(self) -> int:
-        """What a first micro-batch does not find, and probed ones did."""
-        return self._any_report().parts["gradients"] if self.workload.accumulates else 0
-
-    def _evaluation(self, most_tokens: int | None) -> int:
+    def _evaluation(self, most_tokens: int = MOST_TOKENS) -> int:
         """Above what is held; batches of an evaluation are as large as micro-batches may be."""
-        if self._held_out is None:
-            return 0
-        num_tokens, loss_rows = self._held_out
-        model = StepModel(loss_rows, self._any_report().evaluations)
-        return model.peak(min(num_tokens, most_tokens or num_tokens), 0)
+        model = StepModel(self._any_report().evaluations)
+        sizes = [
+            size._replace(num_tokens=min(size.num_tokens, most_tokens)) for size in self._held_out
+        ]
+        return max((model.peak(size, 0) for size in sizes), default=0)
 
     def _whole(self, model: StepModel, taken: int) -> int:
         """The peak of the process when steps and evaluations take so much above what is held."""
         return max(self.held.total + max(taken, model.permanent + END_BYTES), self.held.peak)
 
     def _model(self, recompute: int) -> StepModel:
-        rows = self.workload.loss_rows
         if recompute in {0, self.most_recomputed, self.num_layers}:
-            return StepModel(rows, self._measured(recompute).steps)
+            return StepModel(self._measured(recompute).steps)
         few, many = self._measured(0), self._measured(self.most_recomputed)
-        return StepModel(rows, few.steps, many.steps)
+        return StepModel(few.steps, many.steps)
 
     def _any_report(self) -> ProbeReport:
         """For what is the same however much is recomputed; something was measured before."""
@@ -163,7 +171,7 @@ class RunMemory:
                 shapes=self._probed_shapes(),
                 recompute=(recompute,),
                 accumulate=self.workload.accumulates,
-                evaluate=self._held_out is not None,
+                evaluate=bool(self._held_out),
                 num_threads=torch.get_num_threads(),
                 directory=nearest_directory(Path(self._config.output.dir).absolute()),
             )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from halfbyte.data.batch import evaluated_together
 from halfbyte.data.dataset import Dataset
@@ -50,24 +51,43 @@ class MicroBatchShape:
         return MicroBatchShape(lengths, max(min(wanted, most), 1))
 
 
+class BatchSize(NamedTuple):
+    """What the peak of memory of a batch depends on.
+
+    Attributes:
+        num_tokens: Of all documents together.
+        loss_rows: Targets whose logits are there at once.
+    """
+
+    num_tokens: int
+    loss_rows: int
+
+
+Sizes = frozenset[BatchSize]
+"""None of which is at least as large as another in both numbers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """All steps of a run.
 
     Attributes:
         largest: The micro-batch with the most tokens.
-        most: Most tokens of a micro-batch, by what is there already: optimizer state (in all steps
-            but the first), and gradients (in all micro-batches of a step but the first).
-        loss_rows: The most targets of any micro-batch whose logits are there at once.
+        most: The largest micro-batches by what is there already: optimizer state (in all steps but
+            the first), and gradients (in all micro-batches of a step but the first).
         num_tokens: Of all steps together.
         total_micro_batches: Of all steps together.
     """
 
     largest: MicroBatchShape
-    most: Mapping[tuple[bool, bool], int]
-    loss_rows: int
+    most: Mapping[tuple[bool, bool], Sizes]
     num_tokens: int
     total_micro_batches: int
+
+    @property
+    def loss_rows(self) -> int:
+        """The most targets of any micro-batch whose logits are there at once."""
+        return max(size.loss_rows for sizes in self.most.values() for size in sizes)
 
     @property
     def accumulates(self) -> bool:
@@ -81,8 +101,8 @@ def measure_workload(
     """Go through the steps of a run as they will come; after `MAX_STEPS`, by proportion."""
     looked_at = min(num_steps, MAX_STEPS)
     largest = MicroBatchShape((0,), 0)
-    most: dict[tuple[bool, bool], int] = {}
-    loss_rows = num_tokens = num_batches = 0
+    most: dict[tuple[bool, bool], Sizes] = {}
+    num_tokens = num_batches = 0
     targets = dataset.store.num_targets[dataset.index]
     for number, step in enumerate(_steps(dataset, options, looked_at)):
         lengths = dataset.lengths[step].tolist()
@@ -94,15 +114,14 @@ def measure_workload(
                 tuple(lengths[position] for position in positions),
                 int(targets[[step[position] for position in positions]].sum()),
             )
-            loss_rows = max(loss_rows, rows_at_once(shape.num_targets, vocabulary))
+            size = BatchSize(shape.num_tokens, rows_at_once(shape.num_targets, vocabulary))
             present = (number > 0, index > 0)
-            most[present] = max(most.get(present, 0), shape.num_tokens)
+            most[present] = _with(most.get(present, frozenset()), size)
             largest = max(largest, shape, key=lambda each: each.num_tokens)
     factor = num_steps / looked_at
     return Workload(
         largest=largest,
         most=most,
-        loss_rows=loss_rows,
         num_tokens=round(factor * num_tokens),
         total_micro_batches=round(factor * num_batches),
     )
@@ -121,14 +140,23 @@ def _steps(dataset: Dataset, options: PackingOptions, num_steps: int) -> Iterato
         epoch += 1
 
 
-def measure_evaluation(
-    dataset: Dataset, micro_batch_tokens: int, vocabulary: int
-) -> tuple[int, int]:
-    """Most tokens of a batch of an evaluation, and most targets whose logits are there at once."""
+def measure_evaluation(dataset: Dataset, micro_batch_tokens: int, vocabulary: int) -> Sizes:
+    """The largest batches of an evaluation."""
     targets = dataset.store.num_targets[dataset.index].tolist()
-    most_tokens = most_rows = 0
+    most: Sizes = frozenset()
     for documents in evaluated_together(dataset.lengths.tolist(), micro_batch_tokens):
         count = sum(targets[document] for document in documents)
-        most_tokens = max(most_tokens, int(dataset.lengths[list(documents)].sum()))
-        most_rows = max(most_rows, rows_at_once(count, vocabulary) if count else 0)
-    return most_tokens, most_rows
+        rows = rows_at_once(count, vocabulary) if count else 0
+        most = _with(most, BatchSize(int(dataset.lengths[list(documents)].sum()), rows))
+    return most
+
+
+def _with(sizes: Sizes, size: BatchSize) -> Sizes:
+    """One more, unless another exceeds it, and without those that it exceeds."""
+    if any(_exceeds(other, size) for other in sizes):
+        return sizes
+    return frozenset(other for other in sizes if not _exceeds(size, other)) | {size}
+
+
+def _exceeds(size: BatchSize, other: BatchSize) -> bool:
+    return size.num_tokens >= other.num_tokens and size.loss_rows >= other.loss_rows
