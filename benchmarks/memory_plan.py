@@ -2,7 +2,7 @@
 
 Measured <= predicted <= measured + max(5 %, 30 MB).
 
-    python benchmarks/memory_plan.py SMOLLM2_NF4 SMOLLM2_BF16 GEMMA3_NF4 [--only NAME ...]
+    python -m benchmarks.memory_plan SMOLLM2_NF4 SMOLLM2_BF16 GEMMA3_NF4 [--only NAME ...]
 
 Every case is a whole `halfbyte train`, from reading the data to writing the adapter, in a process
 of its own; its peak is the maximum resident set size that the kernel reports to the parent. The
@@ -13,22 +13,15 @@ prediction is the one that the run itself made before its first step. Prints a t
 import argparse
 import json
 import random
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from benchmarks import harness
+from benchmarks.processes import run_alone
 
 MEGABYTE = 10**6
-
-# A process inherits the peak of the one that starts it; this one is small.
-LAUNCHER = """
-import os, subprocess, sys
-_, status, usage = os.wait4(subprocess.Popen(sys.argv[1:], stdout=2).pid, 0)
-print(status, usage.ru_maxrss * 1024)
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +147,7 @@ def run_case(case: Case, model: Path, folder: Path, steps: int) -> Measured:
         "--data", str(write_data(folder / "train.jsonl")), "--out", str(out), "--json",
         *defaults, *budget, *case.settings,
     ]  # fmt: skip
-    launcher = [sys.executable, "-c", LAUNCHER, *command]
-    with (folder / "log").open("w") as log:
-        done = subprocess.run(launcher, stdout=subprocess.PIPE, stderr=log, check=True)  # noqa: S603
-    status, measured = map(int, done.stdout.split())
-    if status:
-        raise SystemExit(f"{case.name}: {(folder / 'log').read_text()[-2000:]}")
+    measured = run_alone(*command).peak
     plan = json.loads((out / "plan.json").read_text())
     return Measured(
         name=case.name,
@@ -198,7 +186,7 @@ def write_results(path: Path, rows: list[Measured]) -> None:
     """With the machine, in the order of the cases."""
     record = {
         "subject": "memory_plan",
-        "command": "python benchmarks/memory_plan.py SMOLLM2_NF4 SMOLLM2_BF16 GEMMA3_NF4",
+        "command": "python -m benchmarks.memory_plan SMOLLM2_NF4 SMOLLM2_BF16 GEMMA3_NF4",
         "machine": asdict(harness.describe_machine()),
         "rows": [{**asdict(row), "kept": row.kept} for row in rows],
     }

@@ -18,15 +18,13 @@ resident set that the system counted for the process, seen from outside. Cases:
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, describe_machine
+from benchmarks.processes import run_alone
 
 CASES = ("4x512", "1x2048", "4x512-recompute", "4x512-lora", "e2e")
 
@@ -75,25 +73,15 @@ def run(kind: str, *arguments: str) -> Run:
         RuntimeError: It failed.
     """
     module = "benchmarks.training_peer" if kind == "peer" else "benchmarks.training_ours"
-    with tempfile.TemporaryFile("w+") as out:
-        command = [sys.executable, "-m", module, *arguments]
-        process = subprocess.Popen(command, stdout=out)  # noqa: S603
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
-        out.seek(0)
-        steps = json.loads(out.read().splitlines()[-1])[1:]
+    finished = run_alone(sys.executable, "-m", module, *arguments)
+    steps = json.loads(finished.lines[-1])[1:]
     rate = sum(targets for targets, _ in steps) / sum(seconds for _, seconds in steps)
-    return Run(rate, usage.ru_maxrss / 1024)
+    return Run(rate, finished.peak / 2**20)
 
 
 def idle_mib() -> float:
     """Of an interpreter that has imported torch, and done nothing."""
-    process = subprocess.Popen([sys.executable, "-c", "import torch"])
-    _, _, usage = os.wait4(process.pid, 0)
-    process.returncode = 0
-    return usage.ru_maxrss / 1024
+    return run_alone(sys.executable, "-c", "import torch").peak / 2**20
 
 
 def compare(case: str, options: argparse.Namespace) -> Comparison:

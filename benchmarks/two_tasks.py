@@ -81,7 +81,8 @@ def main() -> None:
             adapters=adapters, search=out / "both-search.jsonl", model=options.model, out=to
         ),
     )
-    expression = json.loads((found / "compose_report.json").read_text())["expression"]
+    composition = json.loads((found / "provenance.json").read_text())["composition"]
+    expression = composition["expression"]
     rows.append(measured(options, f"searched: {expression}", options.model, [found]))
     rows += merges(options, "e2e", adapters["e2e"])
     report(options, rows)

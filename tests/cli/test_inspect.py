@@ -317,6 +317,13 @@ def test_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert record["adapter"]["ranks"] == [8]
 
 
+def test_a_run_that_trained_all_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "model").mkdir()
+    text, _ = explain(run, capsys)
+    assert "model        model/, all of its weights trained" in text
+    assert "not finished" not in text.replace("so it was not finished", "")
+
+
 def test_a_run_that_has_just_begun(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "metrics.jsonl").unlink()
     assert "none: metrics.jsonl has no whole line" in explain(run, capsys)[0]

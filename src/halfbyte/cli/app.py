@@ -25,7 +25,8 @@ def run(arguments: Sequence[str]) -> int:
 
     Returns:
         0 ok · 1 failure · 2 usage or config · 3 verification failed · 4 will not fit · 5 unsafe
-        artifact refused · 75 stopped after saving a checkpoint · 130 aborted.
+        artifact refused · 75 stopped after saving a checkpoint · 130 aborted · 141 nobody
+        reads the output any more.
     """
     output = Output(json="--json" in _before_separator(arguments))
     try:

@@ -72,7 +72,10 @@ def check(
         int | None, typer.Option(help="Most tokens of an optimizer step.")
     ] = None,
     micro_batch_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of a micro-batch; else of a step.")
+        int | None,
+        typer.Option(
+            help="Most tokens of a micro-batch; by default 2048, or those of the longest document."
+        ),
     ] = None,
     group_by_length: Annotated[
         bool, typer.Option("--group-by-length", help="Similar lengths in a step.")
@@ -123,7 +126,7 @@ def check(
         )
     epoch = None
     if "train" in parts:
-        packing = _packing(config)
+        packing = _packing(config, parts["train"])
         require_fitting(parts["train"], packing)
         epoch = shape_epoch(parts["train"], packing)
         show_epoch(output, packing, epoch)
@@ -220,13 +223,13 @@ def _parts(readings: "Sequence[Reading]", config: "Config") -> "dict[str, Datase
     return {name: part for name, part in parts.items() if len(part)}
 
 
-def _packing(config: "Config") -> "PackingOptions":
+def _packing(config: "Config", dataset: "Dataset") -> "PackingOptions":
     from halfbyte.data.packing import PackingOptions
+    from halfbyte.training.choosing import micro_batch_tokens
 
-    budget = config.training.tokens_per_step
     return PackingOptions(
-        tokens_per_step=budget,
-        micro_batch_tokens=config.training.micro_batch_tokens or budget,
+        tokens_per_step=config.training.tokens_per_step,
+        micro_batch_tokens=micro_batch_tokens(config, dataset.longest()[1]),
         seed=config.training.seed,
         group_by_length=config.data.group_by_length,
     )

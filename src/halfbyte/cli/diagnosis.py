@@ -1,4 +1,4 @@
-"""Known problems of a machine or installation, each with the command that fixes it."""
+"""Known problems of a machine or installation, with the commands that fix them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ model took more than ten minutes in two threads and one minute in one."""
 
 MINIMUM_TORCH = (2, 13)
 
-REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation halfbyte"
+REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation --editable ."
+"""In the clone."""
 
 RAISE_LIMIT = {"RLIMIT_AS": "ulimit -v unlimited", "RLIMIT_DATA": "ulimit -d unlimited"}
 """Limit of a process -> the command that lifts it."""
@@ -100,20 +101,12 @@ def _torch(machine: Machine, software: Software) -> Iterator[Problem]:
             "that nothing uses",
             f"pip install torch=={public} --index-url https://download.pytorch.org/whl/cpu",
         )
-    elif torch.cuda and not torch.gpus:
-        yield Problem(
-            "gpu-unusable",
-            "warning",
-            f"an NVIDIA driver is loaded and torch (CUDA {torch.cuda}) cannot use the GPU: the "
-            "driver may be too old, or the device hidden",
-            "nvidia-smi; echo CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES",
-        )
-    elif machine.nvidia_driver and not torch.cuda:
+    elif machine.nvidia_driver:
         yield Problem(
             "gpu-unused",
-            "warning",
-            "there is an NVIDIA GPU and torch is built without CUDA",
-            f"pip install --force-reinstall torch=={public}",
+            "note",
+            "there is an NVIDIA GPU: this version computes on the processor",
+            "",
         )
 
 

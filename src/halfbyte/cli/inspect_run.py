@@ -16,7 +16,7 @@ from halfbyte.formats.stored_tensors import list_stored_tensors
 from halfbyte.storage.files import open_regular, read_exactly
 from halfbyte.storage.json_file import parse_json_object
 
-MANIFEST, METRICS, CHECKPOINTS = "MANIFEST.json", "metrics.jsonl", "checkpoints"
+MANIFEST, METRICS, CHECKPOINTS, MODEL = "MANIFEST.json", "metrics.jsonl", "checkpoints", "model"
 LAST_BYTES = 1 << 16
 """How much of the end of `metrics.jsonl` is looked at; a record takes a few hundred bytes."""
 
@@ -93,6 +93,9 @@ def inspect_run(directory: Path) -> Inspection:
         stack = inspect_stack(directory / "adapter")
         facts["adapter"] = f"{stack.title}: {stack.facts['order']}"
         record["adapter"] = stack.record
+    elif (directory / MODEL).is_dir():
+        del facts["adapter"]
+        facts["model"] = f"{MODEL}/, all of its weights trained"
     return Inspection(directory, "run", "a training run", facts, doubts, record)
 
 

@@ -24,11 +24,12 @@ REQUIRED = (
     "tokenizers",
     "torch",
     "typer",
+    "zstandard",
 )
 OPTIONAL = {
     "pyarrow": "reads Parquet data",
-    "transformers": "converts unusual tokenizers",
-    "triton": "kernels for GPUs",
+    "tensorboard": "output.report_to",
+    "wandb": "output.report_to",
 }
 """Package -> what it is for."""
 

@@ -123,7 +123,9 @@ def merge(
         write_file(refused_report(out), json_bytes(error.certificate.to_json()))
         raise
     residual = out / RESIDUAL_DIRECTORY if residual_rank else None
-    return Merge(out, outcome.fingerprint, outcome.nbytes, residual, certificate, texts.notes)
+    return Merge(
+        out, outcome.fingerprint, outcome.nbytes, residual, certificate, _notes(inputs, texts)
+    )
 
 
 def refused_report(out: Path) -> Path:
@@ -165,10 +167,14 @@ def _details(
         "bytes": outcome.nbytes,
         "probe": _described(texts.probe),
         "calibration": _described(texts.calibration) if four_bit else None,
-        "notes": list(texts.notes),
+        "notes": list(_notes(inputs, texts)),
         "per_weight": outcome.weights,
         "seconds": round(seconds, 1),
     }
+
+
+def _notes(inputs: MergeInputs, texts: Texts) -> tuple[str, ...]:
+    return (*(() if inputs.original is None else inputs.original.notes), *texts.notes)
 
 
 def _described(text: Text) -> dict[str, object]:

@@ -170,7 +170,7 @@ def _read_parquet(file: DataFile, stream: BinaryIO, problems: Problems) -> Itera
     except ImportError as error:
         raise MissingPackageError(
             f"{file.name}: reading Parquet files needs the package pyarrow",
-            hint="Install it with: pip install 'halfbyte[parquet]'",
+            hint="Install it with: pip install pyarrow",
         ) from error
     # Parquet is read from its end, which a compressed stream cannot do.
     source = stream if file.path.suffix.lower() == ".parquet" else io.BytesIO(stream.read())

@@ -25,7 +25,9 @@ BACKEND_VARIABLE = "HALFBYTE_BACKEND"
 ISA_VARIABLE = "HALFBYTE_CPU_ISA"
 
 _HERE = Path(__file__).parent
-REBUILD = "Rebuild with `pip install --no-build-isolation --force-reinstall --no-deps halfbyte`."
+REBUILD = (
+    "Rebuild in the clone: `pip install --no-build-isolation --force-reinstall --no-deps -e .`"
+)
 
 
 @dataclass(frozen=True, slots=True)

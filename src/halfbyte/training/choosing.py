@@ -64,6 +64,13 @@ def choose_plan(config: Config, planner: Planner) -> Plan:
             return planner.plan(planner.memory.most_recomputed if fewest is None else fewest)
 
 
+def micro_batch_tokens(config: Config, longest: int) -> int:
+    """The setting, or its default for data whose longest document has so many tokens."""
+    training = config.training
+    most = max(DEFAULT_MICRO_BATCH_TOKENS, longest)
+    return training.micro_batch_tokens or min(training.tokens_per_step, most)
+
+
 def resolve_micro_batch(config: Config, data: RunData) -> int:
     """Tokens of a micro-batch: the setting, or its default.
 
@@ -72,9 +79,7 @@ def resolve_micro_batch(config: Config, data: RunData) -> int:
     """
     training = config.training
     origin, longest = data.train.longest()
-    wanted = training.micro_batch_tokens or min(
-        training.tokens_per_step, max(DEFAULT_MICRO_BATCH_TOKENS, longest)
-    )
+    wanted = micro_batch_tokens(config, longest)
     if longest > min(wanted, training.tokens_per_step):
         raise ConfigError(
             f"{origin}: {longest} tokens do not fit training.micro_batch_tokens = {wanted} and "

@@ -1,4 +1,7 @@
-"""The configuration of a run: every setting, its default and what it means, in one place."""
+"""The configuration of a run: every setting, its default and what it means.
+
+Those of `lora` are in `adapters/spec.py`.
+"""
 
 from typing import Annotated, Literal, Self
 
@@ -162,7 +165,8 @@ class MemorySection(Section):
 
     budget: Bytes | None = None
     """Most resident memory of the whole process, such as 2GB. The run is planned with a short
-    probe and refused if it does not fit; without a budget nothing is measured before the start."""
+    probe and refused if it does not fit; without a budget, and unless `recompute` is
+    `auto`, nothing is measured before the start."""
     recompute: Literal["none", "auto", "all"] = "none"
     """Which layers compute their activations again in the backward pass instead of keeping
     them: a third more arithmetic for a fraction of the memory. `auto` takes the fewest that fit
