@@ -8,6 +8,7 @@ from dataclasses import dataclass
 _LAUNCHER = """
 import os, subprocess, sys
 _, status, usage = os.wait4(subprocess.Popen(sys.argv[1:]).pid, 0)
+print()  # what it printed may end amid a line
 print(os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024)
 """
 
@@ -17,7 +18,7 @@ class Finished:
     """A process that ended.
 
     Attributes:
-        lines: What it printed.
+        lines: What it printed, without empty ones.
         peak: Its largest resident set, in bytes.
     """
 
@@ -37,4 +38,4 @@ def run_alone(*command: str) -> Finished:
     code, peak = map(int, last.split())
     if code:
         raise RuntimeError(f"{' '.join(command)} ended with {code}: {done.stderr[-2000:]}")
-    return Finished(tuple(lines), peak)
+    return Finished(tuple(line for line in lines if line), peak)

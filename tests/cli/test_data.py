@@ -66,13 +66,12 @@ def test_check_as_json(run: Run, data: Path) -> None:
 
 def test_micro_batches_are_those_of_training(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
-    path.write_text(json.dumps({"prompt": "q ", "completion": "a" * 900}) + "\n")
-    lines = path.read_text() * 4
-    path.write_text(lines)
     settings = ("--eval-fraction", "0", "--tokens-per-step", "4096", "--max-length", "3000")
-    assert "micro-batches of at most 2048" in run("check", path, *settings)[1]
-    path.write_text(lines.replace("a" * 900, "a" * 2900))
-    assert "micro-batches of at most 2903" in run("check", path, *settings)[1]
+    # A row is 2 bytes of prompt, its answer, and the end.
+    for length, expected in ((900, 2048), (2900, 2903)):
+        row = json.dumps({"prompt": "q ", "completion": "a" * length}) + "\n"
+        path.write_text(4 * row)
+        assert f"micro-batches of at most {expected}\n" in run("check", path, *settings)[1]
 
 
 def test_check_of_data_for_evaluation(run: Run, data: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tomllib
 from collections import namedtuple
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -313,6 +314,14 @@ def test_no_problem_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_missing_packages_have_no_version() -> None:
     assert software.versions(["typer", "no-such-package"])["no-such-package"] is None
+
+
+def test_required_packages_are_those_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert list(software.REQUIRED) == [name.partition(">=")[0] for name in project["dependencies"]]
+    extras = project["optional-dependencies"]
+    named = {name.partition(">=")[0] for extra in extras for name in extras[extra]}
+    assert set(software.OPTIONAL) <= named
 
 
 def test_a_torch_that_does_not_import() -> None:

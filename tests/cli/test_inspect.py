@@ -319,9 +319,10 @@ def test_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_run_that_trained_all_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "model").mkdir()
-    text, _ = explain(run, capsys)
+    text, record = explain(run, capsys)
     assert "model        model/, all of its weights trained" in text
-    assert "not finished" not in text.replace("so it was not finished", "")
+    assert "the run is not finished" not in text
+    assert record["model"] == "model"
 
 
 def test_a_run_that_has_just_begun(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

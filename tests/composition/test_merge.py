@@ -241,6 +241,16 @@ def test_settings_that_make_no_sense(files: Path, tmp_path: Path) -> None:
             run_merge(files, tmp_path / "out", dtype, residual_rank=rank)
 
 
+def test_pickled_base_weights_are_named(files: Path, tmp_path: Path) -> None:
+    original = make_oracle("llama", vocab_size=byte_level().get_vocab_size(), **SIZES)
+    directory = save_directory(original, tmp_path / "original")
+    (directory / "model.safetensors").unlink()
+    torch.save(original.state_dict(), directory / "pytorch_model.bin")
+    made = run_merge(files, tmp_path / "out", "bf16", base_weights=directory, accept=True)
+    assert any("pickled" in note for note in made.notes)
+    assert list(made.notes) == json.loads((made.path / REPORT).read_text())["notes"]
+
+
 def test_calibration_and_probe_are_kept_apart(files: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="all its documents are in the probe"):
         run_merge(files, tmp_path / "out", calibration=files / "probe.jsonl")

@@ -63,6 +63,22 @@ def test_only_the_input_is_kept_and_the_end_is_left_out() -> None:
     assert ran == ["product", "sine", "sum", "product", "sine"]
 
 
+@pytest.mark.parametrize("fault", ["other", "fewer"])
+def test_a_part_that_saves_something_else_is_noticed(fault: str) -> None:
+    ran: list[int] = []
+
+    def part(x: Tensor) -> Tensor:
+        ran.append(1)
+        if len(ran) == 1:
+            return (x * weight).sin()
+        return x * weight[:1] if fault == "other" else x * weight
+
+    weight = torch.randn(10, requires_grad=True)
+    out = recomputed(part, torch.randn(10, requires_grad=True))
+    with pytest.raises(AssertionError, match="saved other tensors"):
+        out.sum().backward()
+
+
 def test_without_gradients_it_runs_once() -> None:
     part = make_part()
     with torch.no_grad():

@@ -96,6 +96,7 @@ def inspect_run(directory: Path) -> Inspection:
     elif (directory / MODEL).is_dir():
         del facts["adapter"]
         facts["model"] = f"{MODEL}/, all of its weights trained"
+        record["model"] = MODEL
     return Inspection(directory, "run", "a training run", facts, doubts, record)
 
 

@@ -174,6 +174,7 @@ def _details(
 
 
 def _notes(inputs: MergeInputs, texts: Texts) -> tuple[str, ...]:
+    """What the user should know of the weights and the texts."""
     return (*(() if inputs.original is None else inputs.original.notes), *texts.notes)
 
 

@@ -123,12 +123,12 @@ def score_targets(
     losses = torch.empty(len(targets_N), dtype=torch.float32, device=x_ND.device)
     correct = torch.empty(len(targets_N), dtype=torch.bool, device=x_ND.device)
     buffer = torch.empty(min(rows, len(targets_N)), vocabulary, device=x_ND.device)
-    weight = head.store.acquire(head.weight)
+    weight = _detached(head.store.acquire(head.weight))
     try:
         for chunk in _chunks(len(targets_N), rows):
             x_CD = x_ND[chunk].detach()
             logits_CV = buffer[: x_CD.shape[0]]
-            write_product(logits_CV, x_CD, _detached(weight))
+            write_product(logits_CV, x_CD, weight)
             if head.softcap is not None:
                 logits_CV = _capped(logits_CV, head.softcap)
             correct[chunk] = logits_CV.argmax(dim=1) == targets_N[chunk]

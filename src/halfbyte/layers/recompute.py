@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+DIFFERENT = "a part saved other tensors when it was computed again"
+
 
 def recomputed(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`part(x)`, computed again when its backward begins.
@@ -21,6 +23,9 @@ def recomputed(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     Returns:
         The same as `part(x)`, whose graph can go backward once.
+
+    Raises:
+        AssertionError: In the backward: `part` saved fewer tensors, or others.
     """
     again = _Again(part, x)
     with saved_tensors_hooks(again.count, again.restore):
@@ -30,9 +35,10 @@ def recomputed(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 class _Place:
     """Where a node of the graph finds a tensor that it would have saved; gone with the node."""
 
-    __slots__ = ("__weakref__", "tensor")
+    __slots__ = ("__weakref__", "kind", "tensor")
 
-    def __init__(self) -> None:
+    def __init__(self, tensor: Tensor) -> None:
+        self.kind = (tensor.shape, tensor.dtype)
         self.tensor: Tensor | None = None
 
 
@@ -45,12 +51,13 @@ class _Again:
 
     def __init__(self, part: Callable[[Tensor], Tensor], x: Tensor) -> None:
         self._part = part
-        self._x = x
+        self._x = x.detach()
+        self._has_gradient = x.requires_grad
         self._places: list[ref[_Place]] = []
 
-    def count(self, _: Tensor) -> _Place:
+    def count(self, tensor: Tensor) -> _Place:
         """In the first run: keep a place in the tensor's stead."""
-        place = _Place()
+        place = _Place(tensor)
         self._places.append(ref(place))
         return place
 
@@ -58,7 +65,8 @@ class _Again:
         """In the backward: the tensor, after a second run if this is the first place asked for."""
         if place.tensor is None:
             self._run()
-        assert place.tensor is not None  # noqa: S101  (`part` saves the same each time)
+        if place.tensor is None:
+            raise AssertionError(DIFFERENT)
         return place.tensor
 
     def _run(self) -> None:
@@ -69,12 +77,14 @@ class _Again:
             nonlocal left
             place = next(missing)()
             if place is not None:
+                if place.kind != (tensor.shape, tensor.dtype):
+                    raise AssertionError(DIFFERENT)
                 place.tensor = tensor.detach()
             left -= 1
             if not left:
                 raise _AllRestored
 
-        x = self._x.detach().requires_grad_(self._x.requires_grad)
+        x = self._x.detach().requires_grad_(self._has_gradient)
         with torch.enable_grad(), saved_tensors_hooks(fill, _refuse):
             try:
                 self._part(x)

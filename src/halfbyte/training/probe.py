@@ -48,6 +48,9 @@ from halfbyte.training.trainer import Trainer
 EARLIER_TOKENS = 32
 """Of the micro-batch that makes gradients before the others, in each step if those accumulate."""
 
+NUM_WARM = 2
+"""Steps before those that are reported."""
+
 BLOCK_BYTES = 16 * 2**10
 """Blocks from this size on come straight from the system: in small steps, too, most of them should,
 as in the steps to predict."""
@@ -115,11 +118,7 @@ def probe(request: ProbeRequest) -> ProbeReport:
     head = model.decoder.head
     model.decoder.head = Head(head.weight, WatchedStore(head.store, places), head.softcap)
 
-    earlier = request.shapes[0].resized(min(EARLIER_TOKENS, request.shapes[0].num_tokens))
-    # Few rows are multiplied without the workspaces that many take: those come with the largest.
-    warm = (earlier, request.shapes[-1])
-    shapes = [*warm, *(shape for _ in request.recompute for shape in request.shapes)]
-    layers = [0] * len(warm) + [count for count in request.recompute for _ in request.shapes]
+    shapes, layers = zip(*schedule(request), strict=True)
     dataset, batches = _documents(shapes, base.config.vocabulary_size)
     steps = [
         (batches[0], batch) if request.accumulate and index else (batch,)
@@ -157,13 +156,26 @@ def probe(request: ProbeRequest) -> ProbeReport:
         "optimizer state": session.optimizer.stats().resident_bytes,
         "workspace": workspace.held_bytes(),
     }
-    evaluated = batches[len(warm) :][: len(request.shapes)] if request.evaluate else []
+    evaluated = batches[NUM_WARM : NUM_WARM + len(request.shapes)] if request.evaluate else []
     return ProbeReport(
-        steps=tuple(measured[len(warm) :]),
+        steps=tuple(measured[NUM_WARM:]),
         evaluations=tuple(_evaluate(model.decoder, batch, places) for batch in evaluated),
         parts=parts,
         earlier_seconds=measured[0].seconds,
     )
+
+
+def schedule(request: ProbeRequest) -> list[tuple[MicroBatchShape, int]]:
+    """The steps to take: the last micro-batch of each, and how many layers it recomputes.
+
+    The first makes gradients and optimizer state. Few rows are multiplied without the workspaces
+    that many take, so those come with a second, as large as any; it keeps no more than what is
+    asked for, which may be all that fits.
+    """
+    first = request.shapes[0]
+    earlier = first.resized(min(EARLIER_TOKENS, first.num_tokens))
+    warm = [(shape, request.recompute[0]) for shape in (earlier, request.shapes[-1])]
+    return warm + [(shape, count) for count in request.recompute for shape in request.shapes]
 
 
 def _evaluate(decoder: Decoder, batch: Batch, places: Places) -> StepMemory:

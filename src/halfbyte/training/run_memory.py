@@ -126,7 +126,7 @@ class RunMemory:
         return one * work.total_micro_batches / self.num_steps
 
     def _absent(self, *, state: bool, gradients: bool) -> Absent:
-        """What probed micro-batches found, and one finds not that lacks either."""
+        """What probed micro-batches found there, and one without state or gradients does not."""
         parts = self._any_report().parts
         optimizer = parts["optimizer state"]
         if not self._config.optimizer.paged:
