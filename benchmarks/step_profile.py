@@ -1,6 +1,7 @@
 """Where the time of a training step goes, and how near its products come to the machine's limit.
 
-    python -m benchmarks.step_profile MODEL [--shape 4x512] [--recompute] [--rank 16]
+    python -m benchmarks.step_profile MODEL [--shape 4x512] [--recompute] [--rank 16] \
+        [--dtype bfloat16]
 
 Every operator's own time is counted once, under the part of the step that it belongs to; what no
 operator took is Python's. Decoding 4-bit weights happens inside the products, so its time is
@@ -23,6 +24,7 @@ from benchmarks.training_ours import pack_documents
 from halfbyte.adapters.spec import LoraSpec
 from halfbyte.adapters.training import attach_new_adapter
 from halfbyte.formats.quantized_tensor import QuantizedTensor
+from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.models.decoder import Decoder
 from halfbyte.models.load import load_decoder
 from halfbyte.training.step import compute_gradients
@@ -75,10 +77,12 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--shape", default="4x512")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--recompute", action="store_true")
     arguments = parser.parse_args()
     arguments.data, arguments.steps = None, 3
-    decoder = load_decoder(arguments.model)
+    decoder = load_decoder(arguments.model, compute_dtype=getattr(torch, arguments.dtype))
+    return_freed_memory()  # as a run does
     adapter = attach_new_adapter(decoder, LoraSpec(rank=arguments.rank), seed=0)
     optimizer = hb.optim.make_optimizer("adamw", list(adapter.parameters.items()), lr=1e-4)
     accumulator = optimizer.accumulator()

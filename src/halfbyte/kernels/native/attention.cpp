@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <functional>
 #include <numeric>
@@ -15,6 +14,7 @@
 
 #include "checks.h"
 #include "dispatch.h"
+#include "parallel.h"
 #include "workspace.h"
 
 namespace halfbyte {
@@ -147,8 +147,7 @@ int64_t threads_for(double cost) {
   return int64_t(std::min(useful, double(torch::stable::get_num_threads())));
 }
 
-// Each thread takes the next task when it has finished one: costs are estimates, and threads are
-// not equally fast. Which thread runs a task changes nothing.
+// In order: the largest come first, so that no thread ends long after the others.
 void run(const std::vector<Weighed>& tasks, int64_t scratch_floats,
          const std::function<void(const Task&, float*)>& body) {
   double cost = 0;
@@ -156,16 +155,9 @@ void run(const std::vector<Weighed>& tasks, int64_t scratch_floats,
   const int64_t threads = std::min<int64_t>(threads_for(cost), int64_t(tasks.size()));
   if (threads == 0) return;
   const Workspace workspace(threads * scratch_floats * int64_t(sizeof(float)));
-  std::atomic<size_t> next{0};
-  const auto work = [&](int64_t thread, int64_t) {
-    float* scratch = static_cast<float*>(workspace.data()) + thread * scratch_floats;
-    for (size_t i; (i = next.fetch_add(1)) < tasks.size();) body(tasks[i].task, scratch);
-  };
-  if (threads == 1) {
-    work(0, 1);
-  } else {
-    torch::stable::parallel_for(0, threads, 1, work);
-  }
+  run_tasks(int64_t(tasks.size()), threads, [&](int64_t task, int64_t thread) {
+    body(tasks[size_t(task)].task, static_cast<float*>(workspace.data()) + thread * scratch_floats);
+  });
 }
 
 // Queries [0, all) of each segment and group in pieces, with all their keys.
@@ -313,9 +305,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   a.lse = static_cast<float*>(lse.data_ptr());
   a.delta = static_cast<float*>(delta.data());
   const Kernels& with = kernels();
-  torch::stable::parallel_for(0, a.num_queries,
-                              std::max<int64_t>(1, kDeltaGrain / (a.num_heads * a.head_dim)),
-                              [&](int64_t b, int64_t e) { with.attention_delta(a, b, e); });
+  run_range(a.num_queries, kDeltaGrain / (a.num_heads * a.head_dim),
+            [&](int64_t b, int64_t e) { with.attention_delta(a, b, e); });
   const std::vector<Weighed> tasks = backward_tasks(a, segments);
   int64_t held = 0;
   for (const Weighed& each : tasks) {

@@ -6,6 +6,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <utility>
 
 #define HALFBYTE_ISA avx2
 #define HALFBYTE_LANES 8

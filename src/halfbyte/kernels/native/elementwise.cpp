@@ -13,6 +13,7 @@
 
 #include "checks.h"
 #include "dispatch.h"
+#include "parallel.h"
 #include "workspace.h"
 
 namespace halfbyte {
@@ -23,16 +24,10 @@ constexpr int64_t kGrain = 1 << 14;
 // Rows whose gradients of the weight are summed one after the other: it fixes the order.
 constexpr int64_t kSummedRows = 64;
 
-// Calls body(begin, end) over [0, count). Below the grain nothing is asked of the thread pool: a
-// token's worth of work takes less time than that.
+// Calls body(begin, end) over [0, count).
 template <typename Body>
 void over_rows(int64_t count, int64_t elements_each, const Body& body) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_each));
-  if (count <= grain) {
-    body(0, count);
-  } else {
-    torch::stable::parallel_for(0, count, grain, body);
-  }
+  run_range(count, kGrain / std::max<int64_t>(1, elements_each), body);
 }
 
 void expect_like(const Tensor& t, const char* name, const Tensor& x, Problems& problems) {

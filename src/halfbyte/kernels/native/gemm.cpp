@@ -6,15 +6,16 @@
 #include <algorithm>
 #include <string>
 
+#include "parallel.h"
 #include "products.h"
 #include "thread_memory.h"
 
 namespace halfbyte {
 namespace {
 
-constexpr int64_t kTasks = 16;                    // wanted at least, where the product is large
-constexpr int64_t kTaskGrain = int64_t{1} << 20;  // multiply-adds a thread should get at least
-constexpr int64_t kPackGrain = 1 << 15;           // elements
+constexpr int64_t kTasks = 16;                      // wanted at least, where the product is large
+constexpr int64_t kThreadGrain = int64_t{1} << 20;  // multiply-adds a thread should get at least
+constexpr int64_t kPackGrain = 1 << 15;             // elements
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -28,26 +29,16 @@ int64_t column_block(int64_t rows, int64_t columns) {
 void run(const Gemm& gemm, int64_t rows, int64_t columns) {
   const int64_t width = column_block(rows, columns);
   const int64_t row_blocks = ceil_div(rows, kGemmRows);
-  const int64_t tasks = row_blocks * ceil_div(columns, width);
-  const int64_t cost =
-      std::max<int64_t>(1, std::min(rows, kGemmRows) * std::min(columns, width) * gemm.depth);
-  const auto grain = std::max<int64_t>(1, kTaskGrain / cost);
   const Kernels& with = kernels();
-  const auto body = [&](int64_t begin, int64_t end) {
-    float* scratch = thread_memory<float>(kGemmScratch);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task % row_blocks * kGemmRows;
-      const int64_t column = task / row_blocks * width;
-      with.gemm_block(
-          gemm, {row, std::min(row + kGemmRows, rows), column, std::min(column + width, columns)},
-          scratch);
-    }
-  };
-  if (tasks <= grain) {
-    body(0, tasks);
-  } else {
-    torch::stable::parallel_for(0, tasks, grain, body);
-  }
+  const int64_t useful = rows * columns * gemm.depth / kThreadGrain + 1;
+  const int64_t threads = std::min(useful, int64_t(torch::stable::get_num_threads()));
+  run_tasks(row_blocks * ceil_div(columns, width), threads, [&](int64_t task, int64_t) {
+    const int64_t row = task % row_blocks * kGemmRows;
+    const int64_t column = task / row_blocks * width;
+    with.gemm_block(
+        gemm, {row, std::min(row + kGemmRows, rows), column, std::min(column + width, columns)},
+        thread_memory<float>(kGemmScratch));
+  });
 }
 
 const char* element_at(const View& view, int64_t row, int64_t column) {
@@ -62,7 +53,7 @@ void pack(const Operand& b, int64_t first, int64_t last, float* strips) {
   if (b.transposed) {
     const int64_t units = ceil_div(last - first, kGemmColumnUnit);
     const int64_t grain = std::max<int64_t>(1, kPackGrain / (kGemmColumnUnit * depth + 1));
-    torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    run_range(units, grain, [&](int64_t begin, int64_t end) {
       const int64_t column = first + begin * kGemmColumnUnit;
       const int64_t columns = std::min(first + end * kGemmColumnUnit, last) - column;
       with.gemm_pack_columns({element_at(b.view, column, 0), b.view.dtype, b.view.row_stride},
@@ -71,7 +62,7 @@ void pack(const Operand& b, int64_t first, int64_t last, float* strips) {
     return;
   }
   const int64_t grain = std::max<int64_t>(1, kPackGrain / (last - first + 1));
-  torch::stable::parallel_for(0, depth, grain, [&](int64_t begin, int64_t end) {
+  run_range(depth, grain, [&](int64_t begin, int64_t end) {
     with.gemm_pack_rows({element_at(b.view, begin, first), b.view.dtype, b.view.row_stride}, begin,
                         end - begin, depth, last - first, strips);
   });
@@ -122,7 +113,7 @@ void multiply_by_transposed_weight(const Operand& a, const Quantized& weight, in
   for_column_chunks(depth, out_features, [&](int64_t first, int64_t last, float* strips) {
     // A few rows of the weight at a time: what is decoded stays in cache until it is packed.
     const int64_t units = ceil_div(last - first, kGemmColumnUnit);
-    torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    run_range(units, 1, [&](int64_t begin, int64_t end) {
       auto* decoded = thread_memory<char>(kGemmColumnUnit * depth * int64_t(sizeof(float)));
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t column = first + unit * kGemmColumnUnit;
@@ -144,7 +135,7 @@ void multiply_by_weight(const Operand& a, const Quantized& weight, int64_t in_fe
   for_column_chunks(depth, in_features, [&](int64_t first, int64_t last, float* strips) {
     const int64_t width = last - first;
     const int64_t grain = std::max<int64_t>(1, kPackGrain / width);
-    torch::stable::parallel_for(0, depth, grain, [&](int64_t begin, int64_t end) {
+    run_range(depth, grain, [&](int64_t begin, int64_t end) {
       auto* decoded = thread_memory<char>(width * int64_t(sizeof(float)));
       for (int64_t k = begin; k < end; ++k) {
         with.dequantize_4bit(weight, k * in_features + first, k * in_features + last, a.view.dtype,

@@ -90,7 +90,16 @@ void pack_columns(const View& bt, int64_t columns, int64_t depth, float* strips)
       const int64_t piece = smaller(kPiece, depth - k);
       for (int64_t j = 0; j < width; ++j) widen<dtype>(bt, n + j, k, k + piece, rows[j]);
       float* target = strips + n * depth + k * kStripWidth;
-      for (int64_t i = 0; i < piece; ++i) {
+      const int64_t squares = piece / kLanes * kLanes;
+      for (int64_t i = 0; i < squares; i += kLanes) {
+        for (int64_t j = 0; j < kStripWidth; j += kLanes) {
+          Floats square[kLanes];
+          for (int m = 0; m < kLanes; ++m) square[m] = load(rows[j + m] + i);
+          transpose(square);
+          for (int m = 0; m < kLanes; ++m) store(target + (i + m) * kStripWidth + j, square[m]);
+        }
+      }
+      for (int64_t i = squares; i < piece; ++i) {
         for (int j = 0; j < kStripWidth; ++j) target[i * kStripWidth + j] = rows[j][i];
       }
     }
@@ -114,8 +123,16 @@ void write_block(const Gemm& gemm, const GemmBlock& block, const float* sums, in
   auto* target = static_cast<typename Out::Type*>(gemm.c);
   for (int64_t m = block.row; m < block.row_end; ++m, sums += stride) {
     auto* row = target + m * gemm.c_stride;
-    for (int64_t n = block.column; n < block.column_end; ++n) {
-      float value = gemm.alpha * sums[n - block.column];
+    const float* values = sums - block.column;
+    int64_t n = block.column;
+    for (; n + kLanes <= block.column_end; n += kLanes) {
+      Floats value = broadcast(gemm.alpha) * load(values + n);
+      if (gemm.beta != 0.0f) value += broadcast(gemm.beta) * load<dtype>(row + n);
+      if (bias != nullptr) value += load<dtype>(bias + n);
+      store<dtype>(row + n, value);
+    }
+    for (; n < block.column_end; ++n) {
+      float value = gemm.alpha * values[n];
       if (gemm.beta != 0.0f) value += gemm.beta * Out::load(row[n]);
       if (bias != nullptr) value += Out::load(bias[n]);
       row[n] = Out::store(value);

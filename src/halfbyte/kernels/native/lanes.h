@@ -92,6 +92,33 @@ inline void store(typename Element<dtype>::Type* p, Floats v) {
   }
 }
 
+template <int... kFrom>
+inline Floats shuffle(Floats a, Floats b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, kFrom...);
+#else
+  return __builtin_shuffle(a, b, Ints{kFrom...});
+#endif
+}
+
+// Exchanges the two quarters off the diagonal of each square of 2 * kHalf lanes and registers.
+template <int kHalf, int... kLane>
+inline void exchange_quarters(Floats* rows, std::integer_sequence<int, kLane...>) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kHalf) continue;
+    const Floats a = rows[i], b = rows[i + kHalf];
+    rows[i] = shuffle<(kLane & kHalf ? kLane - kHalf + kLanes : kLane)...>(a, b);
+    rows[i + kHalf] = shuffle<(kLane & kHalf ? kLane + kLanes : kLane + kHalf)...>(a, b);
+  }
+}
+
+// A square of kLanes registers becomes its transpose.
+template <int kHalf = kLanes / 2>
+inline void transpose(Floats* rows) {
+  exchange_quarters<kHalf>(rows, std::make_integer_sequence<int, kLanes>());
+  if constexpr (kHalf > 1) transpose<kHalf / 2>(rows);
+}
+
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 // a * b + c: one rounding where the instruction set has it, two where it does not.

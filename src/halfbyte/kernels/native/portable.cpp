@@ -3,6 +3,8 @@
 #define HALFBYTE_ISA portable
 #define HALFBYTE_LANES 4
 
+#include <utility>
+
 #include "adamw.h"
 #include "attention.h"
 #include "decode.h"

@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "dispatch.h"
+#include "parallel.h"
 
 namespace halfbyte {
 namespace {
@@ -30,7 +31,7 @@ Tensor cross_entropy_(Tensor& logits, const Tensor& targets, double grad_scale) 
   const Kernels& with = kernels();
   auto* values = static_cast<float*>(logits.mutable_data_ptr());
   auto* out = static_cast<float*>(losses.mutable_data_ptr());
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  run_range(rows, 1, [&](int64_t begin, int64_t end) {
     with.cross_entropy(values, picked, begin, end, classes, static_cast<float>(grad_scale), out);
   });
   return losses;
