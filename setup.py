@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 KERNELS = Path("src/halfbyte/kernels")
 REASON_FILE = "_build_failure.txt"
-TORCH_TARGET = "0x020a000000000000"  # the stable ABI of PyTorch 2.10, where parallel_for appeared
+TORCH_TARGET = "0x020b000000000000"  # the stable ABI of PyTorch 2.11: `from_blob` with a deleter
 
 COMPILE = [
     "-std=c++20",

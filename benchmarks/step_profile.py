@@ -24,6 +24,7 @@ from benchmarks.training_ours import pack_documents
 from halfbyte.adapters.spec import LoraSpec
 from halfbyte.adapters.training import attach_new_adapter
 from halfbyte.formats.quantized_tensor import QuantizedTensor
+from halfbyte.kernels import activations
 from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.models.decoder import Decoder
 from halfbyte.models.load import load_decoder
@@ -88,13 +89,14 @@ def main() -> None:
     accumulator = optimizer.accumulator()
     recompute = len(decoder.layers) if arguments.recompute else 0
     passes = 3 if arguments.recompute else 2
-    for documents in batches(arguments):
-        batch = pack_documents(documents)
-        with profile(activities=[ProfilerActivity.CPU]) as recorded:
-            begin = time.perf_counter()
-            compute_gradients(decoder, [batch], accumulator, recompute=recompute)
-            optimizer.step()
-            total = time.perf_counter() - begin
+    with activations.reusing():
+        for documents in batches(arguments):
+            batch = pack_documents(documents)
+            with profile(activities=[ProfilerActivity.CPU]) as recorded:
+                begin = time.perf_counter()
+                compute_gradients(decoder, [batch], accumulator, recompute=recompute)
+                optimizer.step()
+                total = time.perf_counter() - begin
     parts: dict[str, float] = defaultdict(float)
     for event in recorded.key_averages():
         parts[part_of(event.key)] += event.self_cpu_time_total / 1e6

@@ -5,6 +5,7 @@ on CPU tensors, and the reference bodies wherever there are none. Every module t
 operator imports this package first. `kernels.backends` says what is in use and why.
 """
 
+from halfbyte.kernels import activations as activations
 from halfbyte.kernels import attention as attention
 from halfbyte.kernels import backends
 from halfbyte.kernels import cross_entropy as cross_entropy

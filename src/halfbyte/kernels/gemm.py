@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import backends
+from halfbyte.kernels.activations import activation
 from halfbyte.kernels.decode import linear_rows
 
 FEW_ROWS = 8
@@ -71,11 +72,13 @@ def matmul(
     """
     dtype = dtype or b_KN.dtype
     if multiplied_here(a_MK, b_KN):
-        c_MN = b_KN.new_empty((a_MK.shape[0], b_KN.shape[1]), dtype=dtype)
+        c_MN = activation(b_KN, (a_MK.shape[0], b_KN.shape[1]), dtype)
         _matmul_into_(c_MN, a_MK, b_KN, bias_N, 1.0, 0.0)
         return c_MN
     if _is_few_rows(a_MK, b_KN, dtype):
         return linear_rows(a_MK, b_KN.T, bias_N)  # type: ignore[no-any-return]
+    if bias_N is None and a_MK.dtype == b_KN.dtype == dtype:
+        return torch.mm(a_MK, b_KN, out=activation(b_KN, (a_MK.shape[0], b_KN.shape[1])))
     if bias_N is not None:
         return torch.addmm(bias_N.to(b_KN.dtype), a_MK.to(b_KN.dtype), b_KN).to(dtype)
     return (a_MK.to(b_KN.dtype) @ b_KN).to(dtype)

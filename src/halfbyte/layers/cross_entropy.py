@@ -16,6 +16,7 @@ from torch import Tensor
 
 from halfbyte.errors import UsageError
 from halfbyte.formats.checks import describe
+from halfbyte.kernels.activations import activation
 from halfbyte.kernels.cross_entropy import cross_entropy_
 from halfbyte.layers.autograd import Context, apply
 from halfbyte.layers.matmul import (
@@ -122,7 +123,7 @@ def score_targets(
     rows = chunk_rows or default_chunk_rows(vocabulary)
     losses = torch.empty(len(targets_N), dtype=torch.float32, device=x_ND.device)
     correct = torch.empty(len(targets_N), dtype=torch.bool, device=x_ND.device)
-    buffer = torch.empty(min(rows, len(targets_N)), vocabulary, device=x_ND.device)
+    buffer = activation(x_ND, (min(rows, len(targets_N)), vocabulary), torch.float32)
     weight = _detached(head.store.acquire(head.weight))
     try:
         for chunk in _chunks(len(targets_N), rows):
@@ -190,13 +191,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_rows: int,
     ) -> Tensor:
         wants_x, wants_weight = ctx.needs_input_grad[:2]
-        grad_x = torch.empty_like(x_ND) if wants_x else None
+        grad_x = activation(x_ND, x_ND.shape) if wants_x else None
         grad_weight = torch.zeros(weight_VD.shape) if wants_weight else None
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         # One buffer for all chunks: fresh memory costs as much as the exponentials.
-        buffer = torch.empty(
-            min(chunk_rows, len(targets_N)), weight_VD.shape[0], device=x_ND.device
-        )
+        shape = (min(chunk_rows, len(targets_N)), weight_VD.shape[0])
+        buffer = activation(x_ND, shape, torch.float32)
         for chunk in _chunks(len(targets_N), chunk_rows):
             x_CD = x_ND[chunk]
             logits_CV = buffer[: x_CD.shape[0]]

@@ -26,7 +26,7 @@ from halfbyte.data.rows import Origin
 from halfbyte.data.steps import Step
 from halfbyte.data.store import StoreBuilder
 from halfbyte.errors import HalfbyteError
-from halfbyte.kernels import workspace
+from halfbyte.kernels import activations, workspace
 from halfbyte.kernels.backends import cpu_isa
 from halfbyte.layers.cross_entropy import Head, rows_at_once
 from halfbyte.memory.allocator import return_freed_memory
@@ -96,6 +96,7 @@ class _Watch(Silent):
     def stepped(self, record: Record) -> None:
         """A step is over."""
         self._places.pass_by()
+        activations.release()  # of blocks of another size
         seconds = record["seconds"]
         assert isinstance(seconds, float)  # noqa: S101  (the trainer's own)
         self.taken.append((self._places.peaks, self._places.kept, seconds))
@@ -134,7 +135,7 @@ def probe(request: ProbeRequest) -> ProbeReport:
     session.stream = _Steps(steps)
     watch = _Watch(session, places, layers)
     with contextlib.suppress(_Measured):
-        Trainer(session, watch, StopRequest()).run()
+        Trainer(session, watch, StopRequest(), least_reused=BLOCK_BYTES).run()
     vocabulary = base.config.vocabulary_size
     measured = [
         StepMemory(
@@ -182,7 +183,8 @@ def _evaluate(decoder: Decoder, batch: Batch, places: Places) -> StepMemory:
     """Score a batch; all that happens after its forward counts as the loss."""
     begin = time.perf_counter()
     places.begin(one_pass=True)
-    score_held_out(decoder, [batch])
+    with activations.reusing(least=BLOCK_BYTES):
+        score_held_out(decoder, [batch])
     places.pass_by()
     forward, *scoring = (places.peaks[place] for place in sorted(places.peaks))
     return StepMemory(

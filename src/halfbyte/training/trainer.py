@@ -11,6 +11,7 @@ from typing import NoReturn
 from halfbyte.data.batch import Batch, evaluation_batches
 from halfbyte.data.steps import Step
 from halfbyte.errors import HalfbyteError, StorageError, TrainingError
+from halfbyte.kernels import activations
 from halfbyte.layers.lora import fold_seed
 from halfbyte.memory.allocator import trim_heap
 from halfbyte.memory.resident import PeakSampler, peak_bytes
@@ -25,6 +26,10 @@ from halfbyte.training.room import Room
 from halfbyte.training.samples import SAMPLES_FILE
 from halfbyte.training.session import Session
 from halfbyte.training.step import Gradients, compute_gradients
+
+ARRIVING_BYTES = 12
+"""Of a trained parameter, what is not there yet at a peak: its gradient, and in the first step its
+optimizer state."""
 
 
 class Ending(StrEnum):
@@ -63,7 +68,16 @@ class Trainer:
     So a checkpoint's step is always recorded, and resuming repeats nothing that was.
     """
 
-    def __init__(self, session: Session, observer: Observer, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        session: Session,
+        observer: Observer,
+        stop: StopRequest,
+        *,
+        least_reused: int = activations.LEAST_BYTES,
+    ) -> None:
+        """`least_reused`: bytes of an activation from which on its memory is used again."""
+        self._least_reused = least_reused
         self._session = session
         self._observer = observer
         self._stop = stop
@@ -92,7 +106,12 @@ class Trainer:
                 is valid, and of the last complete step if it could be written.
         """
         optimizer = self._session.optimizer
-        with PeakSampler(aside=lambda: optimizer.resident_bytes) as sampler:
+        parameters = self._session.model.parameters.values()
+        arriving = ARRIVING_BYTES * sum(parameter.numel() for parameter in parameters)
+        with (
+            activations.reusing(least=self._least_reused, beside=arriving),
+            PeakSampler(aside=lambda: optimizer.resident_bytes) as sampler,
+        ):
             room = Room(optimizer, sampler)
             try:
                 ending = self._steps(sampler, room)
@@ -193,6 +212,8 @@ class Trainer:
             with room.around(batch.num_tokens):
                 yield
             trim_heap()
+            if session.optimizer.paged:
+                activations.release()  # what is free is the pool's
             if self._stop.pending:
                 raise _Stop
 
@@ -245,8 +266,10 @@ class Trainer:
         if session.held_out is None:
             return
         begin = time.perf_counter()
+        activations.release()
         batches = evaluation_batches(session.held_out, session.choices.micro_batch_tokens)
         score = score_held_out(session.model.decoder, batches)
+        activations.release()
         counters = session.counters
         if counters.best_loss is None or score.loss < counters.best_loss:
             counters.best_loss, counters.num_worse = score.loss, 0

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "activations.h"
 #include "checks.h"
 #include "dispatch.h"
 #include "parallel.h"
@@ -257,8 +258,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   Attention a =
       check({q, k, v, cu_seqlens_q, cu_seqlens_k, scale, window, softcap}, segments, problems);
   const Rows queries(q), keys(k), values(v);
-  const Tensor out = torch::stable::new_empty(q, {a.num_queries, a.num_heads, a.head_dim});
-  const Tensor lse = torch::stable::new_empty(q, {a.num_heads, a.num_queries}, ScalarType::Float);
+  const Tensor out = activation(q, {a.num_queries, a.num_heads, a.head_dim});
+  const Tensor lse = activation(q, {a.num_heads, a.num_queries}, ScalarType::Float);
   const Rows outputs(out);
   a.q = queries.heads;
   a.k = keys.heads;
@@ -290,9 +291,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   problems.expect_vector(lse, "lse", ScalarType::Float, a.num_heads * a.num_queries);
   problems.raise();
   const Rows queries(q), keys(k), values(v), outputs(out), grads(grad);
-  const Rows grad_q(torch::stable::new_empty(q, shape));
-  const Rows grad_k(torch::stable::new_empty(k, {k.size(0), a.num_groups, a.head_dim}));
-  const Rows grad_v(torch::stable::new_empty(v, {k.size(0), a.num_groups, a.head_dim}));
+  const Rows grad_q(activation(q, shape));
+  const Rows grad_k(activation(k, {k.size(0), a.num_groups, a.head_dim}));
+  const Rows grad_v(activation(v, {k.size(0), a.num_groups, a.head_dim}));
   const Workspace delta(a.num_heads * a.num_queries * int64_t(sizeof(float)));
   a.q = queries.heads;
   a.k = keys.heads;

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "activations.h"
 #include "checks.h"
 #include "dispatch.h"
 #include "parallel.h"
@@ -64,7 +65,7 @@ void run_norm(const NormRows& rows, const Tensor& x) {
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   Problems problems("halfbyte::rms_norm");
   NormRows rows = check_norm(x, weight, eps, problems);
-  const Tensor out = torch::stable::empty_like(x);
+  const Tensor out = activation_like(x);
   rows.out = out.mutable_data_ptr();
   run_norm(rows, x);
   return out;
@@ -76,8 +77,8 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& update, c
   NormRows rows = check_norm(x, weight, eps, problems);
   expect_like(update, "update", x, problems);
   problems.raise();
-  const Tensor sum = torch::stable::empty_like(x);
-  const Tensor out = torch::stable::empty_like(x);
+  const Tensor sum = activation_like(x);
+  const Tensor out = activation_like(x);
   rows.update = update.const_data_ptr();
   rows.sum = sum.mutable_data_ptr();
   rows.out = out.mutable_data_ptr();
@@ -95,7 +96,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
   if (carry.has_value()) expect_like(*carry, "carry", x, problems);
   problems.raise();
   const int64_t features = rows.features, count = x.numel() / features;
-  const Tensor grad_x = torch::stable::empty_like(x);
+  const Tensor grad_x = activation_like(x);
   const Tensor grad_weight = torch::stable::new_empty(weight, {want_weight ? features : 0});
   rows.grad = grad.const_data_ptr();
   rows.carry = carry.has_value() ? carry->const_data_ptr() : nullptr;
@@ -195,14 +196,10 @@ int64_t count_rows(const Tensor& t, int64_t features) {
   return features == 0 ? 0 : t.numel() / features;
 }
 
-Tensor dense_like(const Tensor& t) {
-  return torch::stable::new_empty(t, std::vector<int64_t>(t.sizes().begin(), t.sizes().end()));
-}
-
 Tensor gated(const Tensor& gate, const Tensor& up, std::string activation) {
   Problems problems("halfbyte::gated");
   GatedRows rows = check_gated(gate, up, activation, problems);
-  const Tensor out = dense_like(gate);
+  const Tensor out = activation_like(gate);
   rows.out = out.mutable_data_ptr();
   const Kernels& with = kernels();
   over_rows(count_rows(gate, rows.features), rows.features,
@@ -216,8 +213,8 @@ std::tuple<Tensor, Tensor> gated_backward(const Tensor& grad, const Tensor& gate
   GatedRows rows = check_gated(gate, up, activation, problems);
   expect_like(grad, "grad", gate, problems);
   problems.raise();
-  const Tensor grad_gate = dense_like(gate);
-  const Tensor grad_up = dense_like(gate);
+  const Tensor grad_gate = activation_like(gate);
+  const Tensor grad_up = activation_like(gate);
   rows.grad = grad.const_data_ptr();
   rows.grad_gate = grad_gate.mutable_data_ptr();
   rows.grad_up = grad_up.mutable_data_ptr();

@@ -8,6 +8,7 @@
 #include <array>
 #include <vector>
 
+#include "activations.h"
 #include "products.h"
 #include "quantized_arguments.h"
 #include "thread_memory.h"
@@ -153,7 +154,7 @@ LinearShape shape_of(const Tensor& x, const char* name, int64_t width, int64_t o
 Tensor with_last_dimension(const Tensor& x, int64_t size) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = size;
-  return torch::stable::new_empty(x, sizes);
+  return activation(x, std::move(sizes));
 }
 
 Tensor as_matrix(const Tensor& t, int64_t rows, int64_t width) {

@@ -1,0 +1,92 @@
+"""Memory for what operators and layers return: with reuse on, from activations that are gone.
+
+From the system every block is fresh, and a training step makes gigabytes of activations: page
+faults and zeros for them are a tenth to a sixth of its processor time. `reusing` keeps the blocks.
+Blocks in use and kept never exceed the most that was in use at once since `release`, so what a run
+peaks at does not change.
+
+Semantics:
+    activation(like, shape, dtype)   an uninitialized tensor on the device of `like`
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels import backends
+
+LEAST_BYTES = 128 * 2**10
+"""Blocks from this size on are reused. Smaller ones come from the heap, which keeps them anyway."""
+
+_library = torch.library.Library("halfbyte", "FRAGMENT")
+_library.define("activation(Tensor like, SymInt[] shape, ScalarType? dtype=None) -> Tensor")
+
+
+def activation_reference(
+    like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None
+) -> Tensor:
+    """A tensor of its own."""
+    return like.new_empty(shape, dtype=dtype)
+
+
+_library.impl("activation", activation_reference, "CompositeExplicitAutograd")
+# Nothing of `like` is in the result, so it wants no gradient because `like` does.
+_library.impl("activation", torch.library.fallthrough_kernel, "Autograd")
+
+_activation = torch.ops.halfbyte.activation.default
+
+
+@torch.library.register_fake("halfbyte::activation")
+def _(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    return like.new_empty(shape, dtype=dtype)
+
+
+def activation(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialized tensor for a result.
+
+    Args:
+        like: Has the device, and the dtype unless another is given.
+        shape: Of the result.
+        dtype: Of the result.
+    """
+    made: Tensor = _activation(like, shape, dtype)
+    return made
+
+
+@contextmanager
+def reusing(*, least: int = LEAST_BYTES, beside: int = 0) -> Iterator[None]:
+    """Keep the blocks of activations that are gone for the length of a `with` block.
+
+    Contents of results do not depend on it. Without native kernels nothing is kept.
+
+    Args:
+        least: Bytes of a block from which on it is kept.
+        beside: Bytes of what else arrives while activations go, such as gradients: they have room
+            within the most that was in use. An eighth of the most is kept all the same.
+    """
+    if not backends.native_in_use():
+        yield
+        return
+    torch.ops.halfbyte.reuse_activations(least, beside)
+    try:
+        yield
+    finally:
+        torch.ops.halfbyte.reuse_activations(0, 0)
+
+
+def release() -> None:
+    """Give back what is kept; what was in use at most is forgotten. Before work of another kind."""
+    if backends.native_in_use():
+        torch.ops.halfbyte.release_activations()
+
+
+def fresh_bytes() -> int:
+    """Bytes that came from the system because no kept block fitted, since the process began."""
+    return int(torch.ops.halfbyte.fresh_activation_bytes()) if backends.native_in_use() else 0
+
+
+def kept_bytes() -> int:
+    """Bytes that are kept and not in use."""
+    return int(torch.ops.halfbyte.kept_activation_bytes()) if backends.native_in_use() else 0

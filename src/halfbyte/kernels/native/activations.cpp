@@ -1,0 +1,231 @@
+#include "activations.h"
+
+#include <sys/mman.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <deque>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+#include "checks.h"
+
+namespace halfbyte {
+namespace {
+
+constexpr int64_t kPage = 4096;
+constexpr int64_t kSlack = 8;   // a block becomes one that differs by up to an eighth
+constexpr int64_t kAlways = 8;  // an eighth of the most is kept whatever else arrives
+
+struct Block {
+  void* data;
+  int64_t bytes;
+};
+
+int64_t round_up(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+
+class Pool {
+ public:
+  // For tensors of `least` bytes and more; 0 turns reuse off.
+  void configure(int64_t least, int64_t beside) {
+    const std::lock_guard lock(mutex_);
+    least_ = least;
+    beside_ = beside;
+    drop_to(0);
+    most_ = used_;
+  }
+
+  bool serves(int64_t bytes) const {
+    const int64_t least = least_.load(std::memory_order_relaxed);
+    return least > 0 && bytes >= least;
+  }
+
+  Block take(int64_t tensor_bytes) {
+    const std::lock_guard lock(mutex_);
+    const int64_t bytes = round_up(tensor_bytes);
+    const Block old = take_similar(bytes);
+    // Room for what is new of it, before it is there.
+    most_ = std::max(most_, used_ + bytes);
+    drop_to(most_ - used_ - bytes);
+    Block block{old.data, bytes};
+    if (old.data == nullptr) {
+      block.data = map(bytes);
+    } else if (old.bytes > bytes) {
+      munmap(static_cast<char*>(old.data) + bytes, static_cast<size_t>(old.bytes - bytes));
+    } else if (old.bytes < bytes) {
+      block.data = grow(old, bytes);
+    }
+    fresh_ += std::max<int64_t>(0, bytes - old.bytes);
+    used_ += bytes;
+    return block;
+  }
+
+  void give_back(Block block) {
+    const std::lock_guard lock(mutex_);
+    used_ -= block.bytes;
+    idle_.push_back(block);
+    kept_ += block.bytes;
+    drop_to(least_.load(std::memory_order_relaxed) > 0
+                ? std::max(most_ - used_ - beside_, std::min(most_ - used_, most_ / kAlways))
+                : 0);
+  }
+
+  // Gives back what is kept; from now on it counts what is in use at once anew.
+  void release() {
+    const std::lock_guard lock(mutex_);
+    drop_to(0);
+    most_ = used_;
+  }
+
+  int64_t kept() {
+    const std::lock_guard lock(mutex_);
+    return kept_;
+  }
+
+  int64_t fresh() {
+    const std::lock_guard lock(mutex_);
+    return fresh_;
+  }
+
+ private:
+  // Takes the idle block that is nearest in size; of equals the latest, whose contents are most
+  // likely in cache. Null if none is near.
+  Block take_similar(int64_t bytes) {
+    auto best = idle_.end();
+    const auto distance = [bytes](const Block& block) { return std::abs(block.bytes - bytes); };
+    for (auto it = idle_.begin(); it != idle_.end(); ++it) {
+      const bool near = distance(*it) <= bytes / kSlack;
+      if (near && (best == idle_.end() || distance(*it) <= distance(*best))) best = it;
+    }
+    if (best == idle_.end()) return {nullptr, 0};
+    const Block block = *best;
+    idle_.erase(best);
+    kept_ -= block.bytes;
+    return block;
+  }
+
+  // The oldest go first.
+  void drop_to(int64_t bytes) {
+    while (kept_ > bytes) {
+      const Block block = idle_.front();
+      idle_.pop_front();
+      munmap(block.data, static_cast<size_t>(block.bytes));
+      kept_ -= block.bytes;
+    }
+  }
+
+  void* map(int64_t bytes) {
+    return or_after_dropping(bytes, [bytes] {
+      return mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
+                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    });
+  }
+
+  // Pages move by their addresses; only those that are added are fresh.
+  void* grow(Block old, int64_t bytes) {
+    return or_after_dropping(bytes, [&] {
+      return mremap(old.data, static_cast<size_t>(old.bytes), static_cast<size_t>(bytes),
+                    MREMAP_MAYMOVE);
+    });
+  }
+
+  template <typename Ask>
+  void* or_after_dropping(int64_t bytes, const Ask& ask) {
+    void* data = ask();
+    if (data == MAP_FAILED) {
+      drop_to(0);
+      data = ask();
+    }
+    if (data == MAP_FAILED) {
+      throw std::runtime_error("halfbyte: cannot allocate memory for an activation of " +
+                               std::to_string(bytes) + " bytes");
+    }
+    return data;
+  }
+
+  std::mutex mutex_;
+  std::atomic<int64_t> least_{0};
+  std::deque<Block> idle_;
+  int64_t beside_ = 0, kept_ = 0, used_ = 0, most_ = 0, fresh_ = 0;  // bytes
+};
+
+// Never destroyed: tensors may outlive everything else.
+Pool& pool() {
+  static Pool* const instance = new Pool;
+  return *instance;
+}
+
+// Bytes of a dense tensor, or -1 where they do not fit into an integer.
+int64_t bytes_of(const std::vector<int64_t>& shape, int64_t element) {
+  int64_t bytes = element;
+  for (const int64_t size : shape) {
+    if (size < 0 || __builtin_mul_overflow(bytes, size, &bytes)) return -1;
+  }
+  return bytes;
+}
+
+std::vector<int64_t> strides_of(const std::vector<int64_t>& shape) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
+  return strides;
+}
+
+void reuse_activations(int64_t least, int64_t beside) {
+  Problems problems("halfbyte::reuse_activations");
+  problems.expect(least >= 0, "least", "0, or a number of bytes", std::to_string(least));
+  problems.expect(beside >= 0, "beside", "0, or a number of bytes", std::to_string(beside));
+  problems.raise();
+  pool().configure(least, beside);
+}
+
+void release_activations() { pool().release(); }
+
+int64_t kept_activation_bytes() { return pool().kept(); }
+
+int64_t fresh_activation_bytes() { return pool().fresh(); }
+
+Tensor make_activation(const Tensor& like, std::vector<int64_t> shape,
+                       std::optional<ScalarType> dtype) {
+  return activation(like, std::move(shape), dtype);
+}
+
+}  // namespace
+
+Tensor activation(const Tensor& like, std::vector<int64_t> shape, std::optional<ScalarType> dtype) {
+  const ScalarType wanted = dtype.value_or(like.scalar_type());
+  const int64_t element = wanted == ScalarType::Float ? 4 : 2;
+  const bool known =
+      wanted == ScalarType::Float || wanted == ScalarType::BFloat16 || wanted == ScalarType::Half;
+  const int64_t bytes = known && like.is_cpu() ? bytes_of(shape, element) : -1;
+  if (!pool().serves(bytes)) return torch::stable::new_empty(like, shape, wanted);
+  const Block block = pool().take(bytes);
+  return torch::stable::from_blob(
+      block.data, shape, strides_of(shape), like.device(), wanted,
+      [size = block.bytes](void* data) { pool().give_back({data, size}); });
+}
+
+Tensor activation_like(const Tensor& like) {
+  return activation(like, std::vector<int64_t>(like.sizes().begin(), like.sizes().end()));
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(halfbyte, m) {
+  m.def("reuse_activations(int least, int beside) -> ()");
+  m.def("release_activations() -> ()");
+  m.def("kept_activation_bytes() -> int");
+  m.def("fresh_activation_bytes() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(halfbyte, CompositeExplicitAutograd, m) {
+  m.impl("reuse_activations", TORCH_BOX(&reuse_activations));
+  m.impl("release_activations", TORCH_BOX(&release_activations));
+  m.impl("kept_activation_bytes", TORCH_BOX(&kept_activation_bytes));
+  m.impl("fresh_activation_bytes", TORCH_BOX(&fresh_activation_bytes));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) { m.impl("activation", TORCH_BOX(&make_activation)); }
+
+}  // namespace halfbyte

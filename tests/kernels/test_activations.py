@@ -1,0 +1,191 @@
+"""Blocks of activations: what is kept, when it goes, and that no peak grows by it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from halfbyte.data.batch import build_batch
+from halfbyte.kernels import activations, backends
+from halfbyte.kernels.activations import activation
+from halfbyte.optim.accumulators import ResidentAccumulator
+from halfbyte.text.tokenizer import Tokenizer
+from halfbyte.training.methods import attach_trained, open_base
+from halfbyte.training.run_data import open_run_data
+from halfbyte.training.step import compute_gradients
+from training.tiny_run import make_config
+
+pytestmark = pytest.mark.skipif(not backends.native_in_use(), reason="native kernels are absent")
+
+PAGE = 4096
+LIKE = torch.zeros(1)
+
+
+def blocks(pages: int) -> Tensor:
+    """An activation of so many pages."""
+    return activation(LIKE, (pages, PAGE // 4))
+
+
+@pytest.fixture
+def reuse() -> Iterator[None]:
+    with activations.reusing(least=PAGE):
+        yield
+
+
+@pytest.mark.usefixtures("reuse")
+def test_a_result_takes_the_block_of_one_that_is_gone() -> None:
+    first = blocks(8)
+    place = first.data_ptr()
+    del first
+    assert activations.kept_bytes() == 8 * PAGE
+    second = blocks(8)
+    assert second.data_ptr() == place
+    assert activations.kept_bytes() == 0
+
+
+@pytest.mark.usefixtures("reuse")
+def test_results_of_every_operator_are_reused(isa: str) -> None:
+    x = torch.randn(64, 64)
+    for result in (
+        lambda: torch.ops.halfbyte.rms_norm(x, torch.ones(64), 1e-5),
+        lambda: torch.ops.halfbyte.gated(x, x, "silu"),
+        lambda: torch.ops.halfbyte.activation(x, [64, 64]),
+    ):
+        made = result()
+        place = made.data_ptr()
+        del made
+        assert result().data_ptr() == place
+
+
+@pytest.mark.usefixtures("reuse")
+@pytest.mark.parametrize(("pages", "fresh"), [(80, 0), (72, 0), (88, 8), (60, 60), (100, 100)])
+def test_a_block_becomes_one_of_about_its_size(pages: int, fresh: int) -> None:
+    held = blocks(80).fill_(7.0)
+    other = blocks(200)  # keeps the most that was in use high enough
+    del held, other
+    before = activations.fresh_bytes()
+    made = blocks(pages)
+    assert activations.fresh_bytes() - before == fresh * PAGE
+    made.fill_(1.0)
+    assert torch.all(made == 1.0)
+
+
+@pytest.mark.usefixtures("reuse")
+def test_in_use_and_kept_never_exceed_the_most_in_use() -> None:
+    generator = torch.Generator().manual_seed(0)
+    held: list[tuple[int, Tensor]] = []
+    most = 0
+    for _ in range(2000):
+        if held and torch.rand(1, generator=generator) < 0.5:
+            held.pop(int(torch.randint(len(held), (1,), generator=generator)))
+        else:
+            pages = int(torch.randint(1, 60, (1,), generator=generator))
+            held.append((pages, blocks(pages)))
+        used = sum(pages for pages, _ in held) * PAGE
+        most = max(most, used)
+        assert activations.kept_bytes() + used <= most
+
+
+@pytest.mark.usefixtures("reuse")
+def test_release_gives_back_what_is_kept_and_forgets_the_most() -> None:
+    large = blocks(100)
+    del large
+    activations.release()
+    assert activations.kept_bytes() == 0
+    small, other = blocks(2), blocks(3)
+    del small
+    assert activations.kept_bytes() == 2 * PAGE
+    assert blocks(50).shape == (50, PAGE // 4)  # more than ever: nothing stays beside it
+    assert other.shape == (3, PAGE // 4)
+
+
+@pytest.mark.parametrize(("beside", "kept"), [(0, 64), (8, 56), (1000, 8)])
+def test_what_arrives_beside_has_room(beside: int, kept: int) -> None:
+    with activations.reusing(least=PAGE, beside=beside * PAGE):
+        held = [blocks(8) for _ in range(8)]
+        del held
+        assert activations.kept_bytes() == kept * PAGE
+
+
+def test_nothing_is_kept_outside_and_tensors_outlive_the_block() -> None:
+    with activations.reusing(least=PAGE):
+        kept = blocks(8).fill_(7.0)
+    assert activations.kept_bytes() == 0
+    assert torch.all(kept == 7.0)
+    del kept
+    assert activations.kept_bytes() == 0
+    blocks(8)
+    assert activations.kept_bytes() == 0
+
+
+@pytest.mark.usefixtures("reuse")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+@pytest.mark.parametrize("shape", [(), (0,), (0, 5000), (3, 0, 7), (5000,), (70, 3, 50)])
+def test_shape_strides_and_dtype_are_as_asked(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    made = activation(LIKE, shape, dtype)
+    expected = torch.empty(shape, dtype=dtype)
+    assert (made.shape, made.stride(), made.dtype) == (shape, expected.stride(), dtype)
+    made.fill_(1)
+    assert made.numel() == expected.numel()
+    assert torch.all(made == 1)
+
+
+@pytest.mark.usefixtures("reuse")
+@pytest.mark.parametrize("shape", [(2**40, 2**40), (-1, 8), (2**50,)])
+def test_what_cannot_be_allocated_is_an_error(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError):
+        activation(LIKE, shape)
+    assert blocks(8).shape == (8, PAGE // 4)
+
+
+@pytest.mark.parametrize(("least", "beside"), [(-1, 0), (PAGE, -1)])
+def test_senseless_settings_are_refused(least: int, beside: int) -> None:
+    with pytest.raises(RuntimeError, match="expected, found"):
+        torch.ops.halfbyte.reuse_activations(least, beside)
+
+
+def test_the_operator_is_well_formed() -> None:
+    torch.library.opcheck(
+        torch.ops.halfbyte.activation.default,
+        (LIKE, [3, 4], torch.bfloat16),
+        test_utils=("test_schema", "test_faketensor"),  # what is in it is nobody's business
+    )
+
+
+def test_no_gradient_reaches_what_a_result_was_made_like() -> None:
+    assert not activation(torch.zeros(1, requires_grad=True), (4,)).requires_grad
+
+
+@pytest.mark.parametrize("recompute", [0, 2])
+def test_steps_have_the_same_bits_and_little_fresh_memory(tmp_path: Path, recompute: int) -> None:
+    config = make_config(tmp_path, "lora.dropout=0")
+    model = attach_trained(open_base(config), config)
+    data = open_run_data(config, Tokenizer.load(config.model))
+    parameters = list(model.parameters.values())
+    batch = build_batch(data.train, list(range(8)))
+
+    def steps(count: int) -> tuple[list[float], list[Tensor], list[int]]:
+        accumulator = ResidentAccumulator(parameters)
+        losses, fresh = [], []
+        for _ in range(count):
+            before = activations.fresh_bytes()
+            found = compute_gradients(model.decoder, [batch], accumulator, recompute=recompute)
+            losses.append(found.loss)
+            fresh.append(activations.fresh_bytes() - before)
+        return losses, [p.grad.clone() for p in parameters if p.grad is not None], fresh
+
+    losses, gradients, none = steps(1)
+    assert none == [0]
+    with activations.reusing(least=PAGE, beside=2**40):
+        churned = steps(2)[2][-1]
+    with activations.reusing(least=PAGE):
+        found = steps(3)
+    assert found[0] == losses * 3
+    for one, other in zip(gradients, found[1], strict=True):
+        assert torch.equal(one, other)
+    # What was not in use when the most was had to leave then, and is fresh each time: logits here.
+    first, second, third = found[2]
+    assert second == third < first
+    assert third < churned / 2
