@@ -71,7 +71,10 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the machine can do, measured; rates in bytes and operations a second."""
+    """What the machine can do, measured; rates in bytes and operations a second.
+
+    `matmul_dtype` is what PyTorch multiplies fastest, bfloat16 or float32.
+    """
 
     cpu: str
     cores: int
@@ -80,6 +83,7 @@ class Machine:
     read_rate: float
     write_rate: float
     matmul_rate: float
+    matmul_dtype: str
     versions: dict[str, str] = field(default_factory=dict)
 
     def reading(self, num_bytes: float) -> float:
@@ -174,6 +178,8 @@ def describe_machine() -> Machine:
     floats = big.view(torch.float32)
     actions: list[Action] = [floats.sum, lambda: big.fill_(2)]
     read, write = (min(record) / 1e3 for record in take_turns(actions, 7))
+    rates = {str(dtype).removeprefix("torch."): _matmul_rate(dtype) for dtype in MATMUL_DTYPES}
+    fastest = max(rates, key=lambda name: rates[name])
     return Machine(
         cpu=model,
         cores=os.cpu_count() or 1,
@@ -181,20 +187,22 @@ def describe_machine() -> Machine:
         features=features,
         read_rate=big.numel() / read,
         write_rate=big.numel() / write,
-        matmul_rate=_matmul_rate(),
+        matmul_rate=rates[fastest],
+        matmul_dtype=fastest,
         versions={"python": platform.python_version()} | _versions(),
     )
 
 
-def _matmul_rate() -> float:
-    """Operations a second of the faster dtype; the slower may be a hundred times as slow."""
+MATMUL_DTYPES = (torch.bfloat16, torch.float32)
+"""What could be the fastest; the other may be a hundred times as slow."""
+
+
+def _matmul_rate(dtype: torch.dtype) -> float:
+    """Operations a second of PyTorch's product of large matrices."""
     rows, size = 1024, 2048
-    best = 0.0
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(rows, size).to(dtype), torch.randn(size, size).to(dtype)
-        (record,) = take_turns([lambda a=a, b=b: a @ b.T], 3)  # type: ignore[misc]
-        best = max(best, 2 * rows * size * size / (min(record) / 1e3))
-    return best
+    a, b = torch.randn(rows, size).to(dtype), torch.randn(size, size).to(dtype)
+    (record,) = take_turns([lambda: a @ b.T], 3)
+    return 2 * rows * size * size / (min(record) / 1e3)
 
 
 def _versions() -> dict[str, str]:

@@ -1,4 +1,8 @@
-"""Quantizing, dequantizing and multiplying against bitsandbytes and dense bfloat16."""
+"""Quantizing, dequantizing and multiplying against bitsandbytes and dense products.
+
+Products are of bfloat16, or of float32 where PyTorch multiplies that faster: what somebody would
+use on the machine.
+"""
 
 import functools
 
@@ -38,18 +42,18 @@ def theirs() -> tuple[Tensor, peer.QuantState]:
 
 
 @functools.cache
-def their_layer() -> bitsandbytes.nn.Linear4bit:
-    """A layer for inference; it repacks its weight at the first call."""
+def their_layer(dtype: torch.dtype) -> bitsandbytes.nn.Linear4bit:
+    """A layer for inference; it repacks its weight at the first call if the processor can."""
     layer = bitsandbytes.nn.Linear4bit(
-        SIDE, SIDE, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+        SIDE, SIDE, bias=False, compute_dtype=dtype, quant_type="nf4"
     )
     layer.load_state_dict({"weight": dense()})
     return layer.to("cpu").eval()
 
 
-def rows_of(count: int) -> Tensor:
+def rows_of(count: int, dtype: torch.dtype) -> Tensor:
     """An input."""
-    return torch.randn(count, SIDE, generator=torch.Generator().manual_seed(count)).bfloat16()
+    return torch.randn(count, SIDE, generator=torch.Generator().manual_seed(count)).to(dtype)
 
 
 def require(condition: bool | Tensor, message: str) -> None:  # noqa: FBT001
@@ -71,17 +75,22 @@ def quantize_gate() -> None:
 
 
 def linear_gate() -> None:
-    """Products equal those of the decoded weight, up to bfloat16 rounding."""
-    weight = ours().dequantize()
-    for count in (1, 5, 16, 128, 512):
-        x = rows_of(count)
-        for product, exact in (
-            (hb.linear(x, ours()), x.float() @ weight.float().T),
-            (linear_input_gradient(x, ours()), x.float() @ weight.float()),
-        ):
-            # Unit roundoff of bfloat16, and as much again for sums in another order.
-            worst = (product.float() - exact).abs().max() / exact.abs().max()
-            require(worst <= 2 * 2**-8, f"{count} rows: off by {worst:.2e} of the largest output")
+    """Products equal those of the decoded weight, up to rounding."""
+    for dtype, roundoff in ((torch.bfloat16, 2**-8), (torch.float32, 2**-20)):
+        weight = ours().dequantize(dtype=dtype).float()
+        for count in (1, 5, 16, 128, 512):
+            x = rows_of(count, dtype)
+            for product, exact in (
+                (hb.linear(x, ours()), x.float() @ weight.T),
+                (linear_input_gradient(x, ours()), x.float() @ weight),
+            ):
+                # Unit roundoff of bfloat16, and as much again for sums in another order; those of
+                # float32 differ by some roundoffs of a sum of 4096 terms.
+                worst = (product.float() - exact).abs().max() / exact.abs().max()
+                require(
+                    worst <= 2 * roundoff,
+                    f"{count} rows of {dtype}: off by {worst:.2e} of the largest output",
+                )
 
 
 def measure_quantize(machine: Machine, turns: int) -> list[Row]:
@@ -127,12 +136,13 @@ def measure_dequantize(machine: Machine, turns: int) -> list[Row]:
     ]
 
 
+DENSE = "dense"
 INFERENCE_TARGETS = {
-    1: {"bitsandbytes": 1.3, "dense bf16": 4.0},
+    1: {"bitsandbytes": 1.3, DENSE: 4.0},
     16: {"bitsandbytes": 1.2},
     128: {"bitsandbytes": 1.05},
 }
-TRAINING_TARGETS = {512: {"dense bf16": 1 / 1.06}, 2048: {"dense bf16": 1 / 1.03}}
+TRAINING_TARGETS = {512: {DENSE: 1 / 1.06}, 2048: {DENSE: 1 / 1.03}}
 DOUBLE_QUANTIZATION_TARGETS = {1: 1 / 1.05, 512: 1 / 1.01}
 
 
@@ -144,18 +154,19 @@ def floor_of(machine: Machine, count: int) -> tuple[float, str]:
 
 def measure_linear(machine: Machine, turns: int) -> list[Row]:
     """Inference, training forward and the input gradient, and what double quantization costs."""
-    weight, (codes, state) = dense(), theirs()
+    dtype: torch.dtype = getattr(torch, machine.matmul_dtype)
+    weight, (codes, state) = dense().to(dtype), theirs()
     rows = []
     with torch.inference_mode():
         for count in (1, 2, 4, 8, 16, 32, 64, 128):
-            x = rows_of(count)
+            x = rows_of(count, dtype)
             rows.append(
                 compare(
-                    f"inference, {count} rows",
+                    f"inference, {count} rows, {machine.matmul_dtype}",
                     lambda x=x: hb.linear(x, ours()),
                     {
-                        "bitsandbytes": lambda x=x: their_layer()(x),
-                        "dense bf16": lambda x=x: functional.linear(x, weight),
+                        "bitsandbytes": lambda x=x: their_layer(dtype)(x),
+                        DENSE: lambda x=x: functional.linear(x, weight),
                     },
                     turns * 5 if count <= 16 else turns,  # noqa: PLR2004
                     floor_of(machine, count),
@@ -163,35 +174,35 @@ def measure_linear(machine: Machine, turns: int) -> list[Row]:
                 )
             )
     for count in (512, 2048):
-        x = rows_of(count)
+        x = rows_of(count, dtype)
         rows += [
             compare(
-                f"training forward, {count} rows",
+                f"training forward, {count} rows, {machine.matmul_dtype}",
                 lambda x=x: hb.linear(x, ours()),
                 {
                     "bitsandbytes": lambda x=x: bitsandbytes.matmul_4bit(
                         x, codes.t(), quant_state=state
                     ),
-                    "dense bf16": lambda x=x: functional.linear(x, weight),
+                    DENSE: lambda x=x: functional.linear(x, weight),
                 },
                 turns,
                 floor_of(machine, count),
                 TRAINING_TARGETS[count],
             ),
             compare(
-                f"input gradient, {count} rows",
+                f"input gradient, {count} rows, {machine.matmul_dtype}",
                 lambda x=x: linear_input_gradient(x, ours()),
-                {"dense bf16": lambda x=x: x @ weight},
+                {DENSE: lambda x=x: x @ weight},
                 turns,
                 floor_of(machine, count),
                 TRAINING_TARGETS[count],
             ),
         ]
     for count, least in DOUBLE_QUANTIZATION_TARGETS.items():
-        x = rows_of(count)
+        x = rows_of(count, dtype)
         rows.append(
             compare(
-                f"double-quantized scales, {count} rows",
+                f"double-quantized scales, {count} rows, {machine.matmul_dtype}",
                 lambda x=x: hb.linear(x, ours()),
                 {"plain scales": lambda x=x: hb.linear(x, ours(double_quant=False))},
                 turns * 5 if count == 1 else turns,
