@@ -1,7 +1,8 @@
 """Quantizing, dequantizing and multiplying against bitsandbytes and dense products.
 
 Products are of bfloat16, or of float32 where PyTorch multiplies that faster: what somebody would
-use on the machine.
+use on the machine. Few rows, as when tokens are generated, are of bfloat16 everywhere, and there
+the peer is dense in both.
 """
 
 import functools
@@ -158,7 +159,28 @@ def measure_linear(machine: Machine, turns: int) -> list[Row]:
     weight, (codes, state) = dense().to(dtype), theirs()
     rows = []
     with torch.inference_mode():
-        for count in (1, 2, 4, 8, 16, 32, 64, 128):
+        for count in (1, 2, 4, 8, 16):
+            x = rows_of(count, torch.bfloat16)
+            peers = {
+                "bitsandbytes": lambda x=x: their_layer(torch.bfloat16)(x),
+                DENSE: lambda x=x: functional.linear(x, dense()),
+            }
+            if dtype != torch.bfloat16:
+                wide = x.to(dtype)
+                peers[f"{DENSE} {machine.matmul_dtype}"] = lambda x=wide: functional.linear(
+                    x, weight
+                )
+            rows.append(
+                compare(
+                    f"inference, {count} rows, bfloat16",
+                    lambda x=x: hb.linear(x, ours()),
+                    peers,
+                    turns * 5,
+                    floor_of(machine, count),
+                    INFERENCE_TARGETS.get(count),
+                )
+            )
+        for count in (32, 64, 128):
             x = rows_of(count, dtype)
             rows.append(
                 compare(
@@ -168,7 +190,7 @@ def measure_linear(machine: Machine, turns: int) -> list[Row]:
                         "bitsandbytes": lambda x=x: their_layer(dtype)(x),
                         DENSE: lambda x=x: functional.linear(x, weight),
                     },
-                    turns * 5 if count <= 16 else turns,  # noqa: PLR2004
+                    turns,
                     floor_of(machine, count),
                     INFERENCE_TARGETS.get(count),
                 )
@@ -199,10 +221,11 @@ def measure_linear(machine: Machine, turns: int) -> list[Row]:
             ),
         ]
     for count, least in DOUBLE_QUANTIZATION_TARGETS.items():
-        x = rows_of(count, dtype)
+        kind = torch.bfloat16 if count == 1 else dtype
+        x = rows_of(count, kind)
         rows.append(
             compare(
-                f"double-quantized scales, {count} rows, {machine.matmul_dtype}",
+                f"double-quantized scales, {count} rows, {str(kind).removeprefix('torch.')}",
                 lambda x=x: hb.linear(x, ours()),
                 {"plain scales": lambda x=x: hb.linear(x, ours(double_quant=False))},
                 turns * 5 if count == 1 else turns,

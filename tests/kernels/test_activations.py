@@ -101,12 +101,16 @@ def test_release_gives_back_what_is_kept_and_forgets_the_most() -> None:
     assert other.shape == (3, PAGE // 4)
 
 
-@pytest.mark.parametrize(("beside", "kept"), [(0, 64), (8, 56), (1000, 8)])
-def test_what_arrives_beside_has_room(beside: int, kept: int) -> None:
+@pytest.mark.parametrize(("beside", "kept", "later"), [(0, 64, 32), (8, 56, 24), (1000, 2, 0)])
+def test_what_arrives_beside_has_room(beside: int, kept: int, later: int) -> None:
     with activations.reusing(least=PAGE, beside=beside * PAGE):
-        held = [blocks(8) for _ in range(8)]
+        held = [blocks(1) for _ in range(64)]
         del held
         assert activations.kept_bytes() == kept * PAGE
+        # By the next tensors, too, when what was to arrive may be there.
+        again = [blocks(1) for _ in range(32)]
+        assert activations.kept_bytes() == later * PAGE
+        assert len(again) == 32
 
 
 def test_nothing_is_kept_outside_and_tensors_outlive_the_block() -> None:

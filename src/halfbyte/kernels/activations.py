@@ -64,7 +64,7 @@ def reusing(*, least: int = LEAST_BYTES, beside: int = 0) -> Iterator[None]:
     Args:
         least: Bytes of a block from which on it is kept.
         beside: Bytes of what else arrives while activations go, such as gradients: they have room
-            within the most that was in use. An eighth of the most is kept all the same.
+            within the most that was in use. A 32nd of the most may be kept all the same.
     """
     if not backends.native_in_use():
         yield

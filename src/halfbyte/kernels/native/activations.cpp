@@ -18,8 +18,8 @@ namespace halfbyte {
 namespace {
 
 constexpr int64_t kPage = 4096;
-constexpr int64_t kSlack = 8;   // a block becomes one that differs by up to an eighth
-constexpr int64_t kAlways = 8;  // an eighth of the most is kept whatever else arrives
+constexpr int64_t kSlack = 8;    // a block becomes one that differs by up to an eighth
+constexpr int64_t kAlways = 32;  // a 32nd of the most may be kept whatever else arrives
 
 struct Block {
   void* data;
@@ -50,7 +50,7 @@ class Pool {
     const Block old = take_similar(bytes);
     // Room for what is new of it, before it is there.
     most_ = std::max(most_, used_ + bytes);
-    drop_to(most_ - used_ - bytes);
+    drop_to(room(used_ + bytes));
     Block block{old.data, bytes};
     if (old.data == nullptr) {
       block.data = map(bytes);
@@ -69,9 +69,7 @@ class Pool {
     used_ -= block.bytes;
     idle_.push_back(block);
     kept_ += block.bytes;
-    drop_to(least_.load(std::memory_order_relaxed) > 0
-                ? std::max(most_ - used_ - beside_, std::min(most_ - used_, most_ / kAlways))
-                : 0);
+    drop_to(least_.load(std::memory_order_relaxed) > 0 ? room(used_) : 0);
   }
 
   // Gives back what is kept; from now on it counts what is in use at once anew.
@@ -92,6 +90,11 @@ class Pool {
   }
 
  private:
+  // What may be kept beside so much in use.
+  int64_t room(int64_t used) const {
+    return std::max(most_ - used - beside_, std::min(most_ - used, most_ / kAlways));
+  }
+
   // Takes the idle block that is nearest in size; of equals the latest, whose contents are most
   // likely in cache. Null if none is near.
   Block take_similar(int64_t bytes) {

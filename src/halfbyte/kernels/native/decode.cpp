@@ -8,6 +8,7 @@
 
 #include "checks.h"
 #include "dispatch.h"
+#include "parallel.h"
 #include "thread_memory.h"
 
 namespace halfbyte {
@@ -27,15 +28,6 @@ void widen(const Tensor& x, float* out) {
   const bool brain = *dtype_of(x) == DType::kBFloat16;
   for (int64_t i = 0; i < count; ++i) {
     out[i] = brain ? bfloat16_to_float(half[i]) : float16_to_float(half[i]);
-  }
-}
-
-template <typename Body>
-void run(int64_t count, int64_t grain, const Body& body) {
-  if (count <= grain) {
-    body(0, count);  // not worth waking a thread
-  } else {
-    torch::stable::parallel_for(0, count, grain, body);
   }
 }
 
@@ -70,8 +62,8 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight, const std::optional<Te
                           out_features,
                           *dtype_of(weight)};
   const Kernels& with = kernels();
-  run(out_features, std::max<int64_t>(1, kWeightGrain / (in_features * rows + 1)),
-      [&](int64_t begin, int64_t end) { with.dense_rows(product, begin, end); });
+  run_range(out_features, std::max<int64_t>(1, kWeightGrain / (in_features * rows + 1)),
+            [&](int64_t begin, int64_t end) { with.dense_rows(product, begin, end); });
   return y;
 }
 
@@ -119,13 +111,13 @@ Tensor single_query_attention(const Tensor& q, const Tensor& keys, const Tensor&
                               out.mutable_data_ptr()};
   const Kernels& with = kernels();
   const int64_t each = attention.num_keys * attention.head_dim * attention.heads_each();
-  run(attention.num_groups, std::max<int64_t>(1, kKeyGrain / each),
-      [&](int64_t begin, int64_t end) {
-        float* scratch = thread_memory<float>(attention.scratch());
-        for (int64_t group = begin; group < end; ++group) {
-          with.single_query(attention, group, scratch);
-        }
-      });
+  run_range(attention.num_groups, std::max<int64_t>(1, kKeyGrain / each),
+            [&](int64_t begin, int64_t end) {
+              float* scratch = thread_memory<float>(attention.scratch());
+              for (int64_t group = begin; group < end; ++group) {
+                with.single_query(attention, group, scratch);
+              }
+            });
   return out;
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "activations.h"
+#include "parallel.h"
 #include "products.h"
 #include "quantized_arguments.h"
 #include "thread_memory.h"
@@ -38,7 +39,7 @@ void multiply_slab(const Quantized& weight, const LinearShape& shape, DType dtyp
   const int64_t units = ceil_div(shape.out_features, kOutputUnit);
   const int64_t grain =
       std::max<int64_t>(1, kWeightGrain / (kOutputUnit * shape.in_features * shape.rows));
-  torch::stable::parallel_for(0, units, grain, [&](int64_t b, int64_t e) {
+  run_range(units, grain, [&](int64_t b, int64_t e) {
     with.linear(weight, shape, dtype, prepared, b * kOutputUnit,
                 std::min(e * kOutputUnit, shape.out_features), bias, y);
   });
