@@ -8,6 +8,7 @@ from torch import Tensor
 
 from halfbyte.data.batch import Batch
 from halfbyte.data.parse import NO_TARGET
+from halfbyte.kernels import activations
 from halfbyte.layers.cross_entropy import linear_cross_entropy
 from halfbyte.layers.lora import fold_seed
 from halfbyte.models.decoder import Decoder
@@ -70,6 +71,7 @@ def compute_gradients(
         seed = None if dropout_seed is None else fold_seed(dropout_seed, index)
         with around(batch):
             loss = batch_loss(decoder, batch, seed, recompute=recompute, grad_scale=factor)
+            activations.release()  # the logits are gone: no room is kept for them from here on
             if index == len(batches) - 1:
                 accumulator.expect_step()
             (loss * factor).backward()
