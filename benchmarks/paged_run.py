@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from halfbyte.data.batch import Batch
-from halfbyte.kernels import activations
 from halfbyte.layers.segments import pack
 from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.memory.stats import PoolStats
@@ -21,8 +20,7 @@ from halfbyte.optim.factory import make_optimizer, weight_decay_groups
 from halfbyte.optim.optimizer import StatefulOptimizer
 from halfbyte.training.config_file import load_config
 from halfbyte.training.methods import TrainedModel, attach_trained, open_base
-from halfbyte.training.step import compute_gradients
-from halfbyte.training.trainer import ARRIVING_BYTES
+from halfbyte.training.step import compute_gradients, reusing_activations
 
 MB = 10**6
 LENGTH = 512
@@ -78,8 +76,7 @@ class Run:
     def _take(self, batch: Batch) -> StepFigures:
         before, others = self.stats(), _others_seconds()
         begun = time.perf_counter()
-        arriving = sum(parameter.numel() for parameter in self.model.parameters.values())
-        with activations.reusing(beside=ARRIVING_BYTES * arriving):
+        with reusing_activations(self.model.parameters.values()):
             compute_gradients(self.model.decoder, [batch], self.accumulator, max_norm=1.0)
         between = self.stats()
         update = time.perf_counter()

@@ -11,11 +11,10 @@ from halfbyte.adapters.spec import LoraSpec
 from halfbyte.adapters.training import attach_new_adapter
 from halfbyte.data.batch import Batch
 from halfbyte.data.parse import NO_TARGET
-from halfbyte.kernels import activations
 from halfbyte.layers.segments import pack
 from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.models.load import load_decoder
-from halfbyte.training.step import compute_gradients
+from halfbyte.training.step import compute_gradients, reusing_activations
 
 
 def pack_documents(documents: list[Document]) -> Batch:
@@ -48,7 +47,7 @@ def main() -> None:
     accumulator = optimizer.accumulator()
     recompute = len(decoder.layers) if arguments.recompute else 0
     steps = []
-    with activations.reusing():
+    with reusing_activations(adapter.parameters.values()):
         for documents in batches(arguments):
             batch = pack_documents(documents)
             begin = time.perf_counter()

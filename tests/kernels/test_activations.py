@@ -1,15 +1,18 @@
 """Blocks of activations: what is kept, when it goes, and that no peak grows by it."""
 
-from collections.abc import Iterator
+import mmap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import halfbyte as hb
 from halfbyte.data.batch import build_batch
-from halfbyte.kernels import activations, backends
+from halfbyte.kernels import activations, backends, linear, linear_input_gradient
 from halfbyte.kernels.activations import activation
+from halfbyte.kernels.gemm import matmul
 from halfbyte.optim.accumulators import ResidentAccumulator
 from halfbyte.text.tokenizer import Tokenizer
 from halfbyte.training.methods import attach_trained, open_base
@@ -19,7 +22,7 @@ from training.tiny_run import make_config
 
 pytestmark = pytest.mark.skipif(not backends.native_in_use(), reason="native kernels are absent")
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
 LIKE = torch.zeros(1)
 
 
@@ -45,18 +48,43 @@ def test_a_result_takes_the_block_of_one_that_is_gone() -> None:
     assert activations.kept_bytes() == 0
 
 
-@pytest.mark.usefixtures("reuse")
-def test_results_of_every_operator_are_reused(isa: str) -> None:
-    x = torch.randn(64, 64)
-    for result in (
-        lambda: torch.ops.halfbyte.rms_norm(x, torch.ones(64), 1e-5),
-        lambda: torch.ops.halfbyte.gated(x, x, "silu"),
-        lambda: torch.ops.halfbyte.activation(x, [64, 64]),
-    ):
-        made = result()
-        place = made.data_ptr()
-        del made
-        assert result().data_ptr() == place
+X = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+HEADS = X.view(512, 2, 32)
+SEGMENT = torch.tensor([0, 512], dtype=torch.int32)
+operators = torch.ops.halfbyte
+
+
+def attention_gradients() -> object:
+    out, lse = operators.attention(HEADS, HEADS, HEADS, SEGMENT, SEGMENT, 0.2, None, None)
+    return operators.attention_backward(
+        HEADS, HEADS, HEADS, HEADS, out, lse, SEGMENT, SEGMENT, 0.2, None, None
+    )
+
+
+MAKERS = {
+    "rms_norm": lambda: operators.rms_norm(X, torch.ones(64), 1e-5),
+    "add_rms_norm": lambda: operators.add_rms_norm(X, X, torch.ones(64), 1e-5),
+    "rms_norm_backward": lambda: operators.rms_norm_backward(
+        X, X, torch.ones(64), None, 1e-5, False
+    ),
+    "gated": lambda: operators.gated(X, X, "silu"),
+    "gated_backward": lambda: operators.gated_backward(X, X, X, "silu"),
+    "attention": attention_gradients,
+    "linear_4bit": lambda: linear(X, hb.quantize(X[:64])),
+    "input_gradient": lambda: linear_input_gradient(X, hb.quantize(X[:64])),
+    "matmul": lambda: matmul(X, X[:64].T),
+    "matmul of 16 bits": lambda: matmul(X.bfloat16(), X[:64].T.bfloat16()),
+}
+
+
+@pytest.mark.usefixtures("reuse", "isa")
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_results_of_operators_come_from_kept_memory(make: Callable[[], object]) -> None:
+    make()
+    before = activations.fresh_bytes()
+    make()
+    assert activations.fresh_bytes() == before
+    assert activations.kept_bytes() >= 512 * 64 * 2
 
 
 @pytest.mark.usefixtures("reuse")

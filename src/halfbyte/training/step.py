@@ -1,6 +1,6 @@
 """One optimizer step: gradients over several micro-batches, checked before they are applied."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -35,6 +35,24 @@ class Gradients:
     def finite(self) -> bool:
         """Whether loss and norm are numbers: otherwise nothing may be applied."""
         return self.loss - self.loss == 0 and self.norm - self.norm == 0
+
+
+ARRIVING_BYTES = 12
+"""Of a trained parameter, what is not there yet at a peak: its gradient, and in the first step its
+optimizer state."""
+
+
+def reusing_activations(
+    parameters: Iterable[Tensor], *, least: int = activations.LEAST_BYTES
+) -> AbstractContextManager[None]:
+    """Keep the memory of activations for the next ones, beside what the parameters get in a step.
+
+    Args:
+        parameters: That are trained.
+        least: Bytes of an activation from which on its memory is used again.
+    """
+    arriving = ARRIVING_BYTES * sum(parameter.numel() for parameter in parameters)
+    return activations.reusing(least=least, beside=arriving)
 
 
 def compute_gradients(

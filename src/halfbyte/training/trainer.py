@@ -25,11 +25,7 @@ from halfbyte.training.progress import Observer
 from halfbyte.training.room import Room
 from halfbyte.training.samples import SAMPLES_FILE
 from halfbyte.training.session import Session
-from halfbyte.training.step import Gradients, compute_gradients
-
-ARRIVING_BYTES = 12
-"""Of a trained parameter, what is not there yet at a peak: its gradient, and in the first step its
-optimizer state."""
+from halfbyte.training.step import Gradients, compute_gradients, reusing_activations
 
 
 class Ending(StrEnum):
@@ -107,9 +103,8 @@ class Trainer:
         """
         optimizer = self._session.optimizer
         parameters = self._session.model.parameters.values()
-        arriving = ARRIVING_BYTES * sum(parameter.numel() for parameter in parameters)
         with (
-            activations.reusing(least=self._least_reused, beside=arriving),
+            reusing_activations(parameters, least=self._least_reused),
             PeakSampler(aside=lambda: optimizer.resident_bytes) as sampler,
         ):
             room = Room(optimizer, sampler)

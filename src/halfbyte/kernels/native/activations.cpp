@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -17,7 +18,6 @@
 namespace halfbyte {
 namespace {
 
-constexpr int64_t kPage = 4096;
 constexpr int64_t kSlack = 8;    // a block becomes one that differs by up to an eighth
 constexpr int64_t kAlways = 32;  // a 32nd of the most may be kept whatever else arrives
 
@@ -26,7 +26,11 @@ struct Block {
   int64_t bytes;
 };
 
-int64_t round_up(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+// To whole pages, whose size is the system's.
+int64_t round_up(int64_t bytes) {
+  static const int64_t page = sysconf(_SC_PAGESIZE);
+  return (bytes + page - 1) / page * page;
+}
 
 class Pool {
  public:
@@ -49,19 +53,17 @@ class Pool {
     const int64_t bytes = round_up(tensor_bytes);
     const Block old = take_similar(bytes);
     // Room for what is new of it, before it is there.
+    const int64_t most = most_;
     most_ = std::max(most_, used_ + bytes);
     drop_to(room(used_ + bytes));
-    Block block{old.data, bytes};
-    if (old.data == nullptr) {
-      block.data = map(bytes);
-    } else if (old.bytes > bytes) {
-      munmap(static_cast<char*>(old.data) + bytes, static_cast<size_t>(old.bytes - bytes));
-    } else if (old.bytes < bytes) {
-      block.data = grow(old, bytes);
+    void* data = old.data == nullptr ? map(bytes) : resize(old, bytes);
+    if (data == MAP_FAILED) {
+      most_ = most;
+      throw std::runtime_error("halfbyte: cannot allocate memory for an activation of " +
+                               std::to_string(bytes) + " bytes");
     }
-    fresh_ += std::max<int64_t>(0, bytes - old.bytes);
     used_ += bytes;
-    return block;
+    return {data, bytes};
   }
 
   void give_back(Block block) {
@@ -121,33 +123,40 @@ class Pool {
     }
   }
 
+  // MAP_FAILED where there is no memory, whatever is given back for it.
   void* map(int64_t bytes) {
-    return or_after_dropping(bytes, [bytes] {
+    const auto fresh = [bytes] {
       return mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
                   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    });
-  }
-
-  // Pages move by their addresses; only those that are added are fresh.
-  void* grow(Block old, int64_t bytes) {
-    return or_after_dropping(bytes, [&] {
-      return mremap(old.data, static_cast<size_t>(old.bytes), static_cast<size_t>(bytes),
-                    MREMAP_MAYMOVE);
-    });
-  }
-
-  template <typename Ask>
-  void* or_after_dropping(int64_t bytes, const Ask& ask) {
-    void* data = ask();
+    };
+    void* data = fresh();
     if (data == MAP_FAILED) {
       drop_to(0);
-      data = ask();
+      data = fresh();
     }
-    if (data == MAP_FAILED) {
-      throw std::runtime_error("halfbyte: cannot allocate memory for an activation of " +
-                               std::to_string(bytes) + " bytes");
-    }
+    if (data != MAP_FAILED) fresh_ += bytes;
     return data;
+  }
+
+  // What it holds is not needed. Linux moves pages by their addresses, so that only those which are
+  // added are fresh; elsewhere, and where that fails, all are.
+  void* resize(Block old, int64_t bytes) {
+    if (old.bytes >= bytes) {
+      if (old.bytes > bytes) {
+        munmap(static_cast<char*>(old.data) + bytes, static_cast<size_t>(old.bytes - bytes));
+      }
+      return old.data;
+    }
+#if defined(__linux__)
+    void* data = mremap(old.data, static_cast<size_t>(old.bytes), static_cast<size_t>(bytes),
+                        MREMAP_MAYMOVE);
+    if (data != MAP_FAILED) {
+      fresh_ += bytes - old.bytes;
+      return data;
+    }
+#endif
+    munmap(old.data, static_cast<size_t>(old.bytes));
+    return map(bytes);
   }
 
   std::mutex mutex_;
@@ -191,11 +200,6 @@ int64_t kept_activation_bytes() { return pool().kept(); }
 
 int64_t fresh_activation_bytes() { return pool().fresh(); }
 
-Tensor make_activation(const Tensor& like, std::vector<int64_t> shape,
-                       std::optional<ScalarType> dtype) {
-  return activation(like, std::move(shape), dtype);
-}
-
 }  // namespace
 
 Tensor activation(const Tensor& like, std::vector<int64_t> shape, std::optional<ScalarType> dtype) {
@@ -229,6 +233,6 @@ STABLE_TORCH_LIBRARY_IMPL(halfbyte, CompositeExplicitAutograd, m) {
   m.impl("fresh_activation_bytes", TORCH_BOX(&fresh_activation_bytes));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) { m.impl("activation", TORCH_BOX(&make_activation)); }
+STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) { m.impl("activation", TORCH_BOX(&activation)); }
 
 }  // namespace halfbyte
