@@ -176,6 +176,31 @@ def test_unusual_scales_in_the_direct_path(isa: str) -> None:
     assert not linear(x, infinite).isfinite().any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("out_features", "in_features", "block_size"), SHAPES)
+def test_few_rows_multiply_by_the_dequantized_weights(
+    isa: str, out_features: int, in_features: int, block_size: int, dtype: torch.dtype
+) -> None:
+    """A row that is zero but for a one takes out single weights, bit for bit."""
+    q = weight(out_features, in_features, block_size)
+    dense = q.dequantize(dtype=dtype)
+    features = torch.linspace(0, in_features - 1, 40).long()
+    for rows in (1, 2, 3, 4, 10):
+        for some in features.split(rows):
+            x = torch.nn.functional.one_hot(some, in_features).to(dtype)
+            assert torch.equal(linear(x, q), dense[:, some].T)
+
+
+def test_nan_scales_in_the_direct_path(isa: str) -> None:
+    # Rounding by adding to the bits would carry out of this NaN, into -0.
+    q = hb.quantize(normals(8, 128), double_quant=False)
+    scales = q.scales.clone()
+    scales.view(torch.int32)[3] = 0x7FFFFFFF
+    damaged = QuantizedTensor(q.codes, scales, q.codebook, 64, q.shape, q.dtype)
+    result = linear(torch.ones(1, 128, dtype=torch.bfloat16), damaged)
+    assert result.isnan().nonzero().tolist() == [[0, 1]]
+
+
 @pytest.mark.parametrize("rows", [1, 6, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_do_not_change_a_bit_of_few_rows(isa: str, dtype: torch.dtype, rows: int) -> None:

@@ -1,9 +1,11 @@
 // y = x W^T for few rows of x with AVX2: weights go from codes to products in registers, up to four
 // rows at a time.
 //
-// 32 weights are looked up at once, as bytes: the 16 values of a block, rounded to the output's
-// dtype, stand in registers by their low and their high bytes. What comes out is in an order of its
-// own, so `prepare_rows` writes x in that order. Included by avx2.cpp only.
+// The 16 values of a block, rounded to the output's dtype, are kept by their bytes: a plane holds
+// one byte of each, and one shuffle looks up that byte of 32 weights. Planes of many blocks are
+// made before the first is used: the chain from a scale to a product is long, and those of
+// different blocks overlap only where they stand close together. Weights come out in an order of
+// their own, so `prepare_rows` writes x in that order. Included by avx2.cpp only.
 
 #pragma once
 
@@ -15,175 +17,163 @@ namespace {
 
 constexpr int kRowsTogether = 4;
 constexpr int64_t kMostRows = 16;  // from here on, decoding panels once is faster: measured
-constexpr int64_t kLookup = 32;    // weights that are looked up together
+constexpr int64_t kLookup = 64;    // weights that are looked up together
+constexpr int64_t kPlaneBlocks = 64;
 
-// The values of one block, as bytes, and lookups of 32 codes in them.
+// The values of two blocks, one in the lower halves of the registers, one in the upper: values 4i
+// to 4i + 3 in the i-th register.
+using BlockPair = __m256[4];
+
+// Floats, and float16 as the floats that they are: four planes. `look_up` takes 32 codes, one a
+// byte; `place` is where it puts the one of byte j.
 template <DType dtype>
-class BlockBytes;
+struct Planes {
+  static constexpr int kCount = 4;
 
-__m256i both_halves(__m256i v, bool upper) {
-  return upper ? _mm256_permute2x128_si256(v, v, 0x11) : _mm256_permute2x128_si256(v, v, 0x00);
-}
-
-// From 16 values of 16 bits to their low bytes, twice, and their high bytes, twice.
-void split_bytes(__m256i values, __m256i& low, __m256i& high) {
-  const __m256i packed = _mm256_packus_epi16(_mm256_and_si256(values, _mm256_set1_epi16(0xff)),
-                                             _mm256_srli_epi16(values, 8));
-  const __m256i ordered = _mm256_permute4x64_epi64(packed, 0xd8);
-  low = both_halves(ordered, false);
-  high = both_halves(ordered, true);
-}
-
-// 16 bytes of codes: the earlier codes of the bytes in the lower half, the later in the upper.
-__m256i split_codes(const uint8_t* codes) {
-  const __m256i bytes =
-      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-  const __m256i shifts = _mm256_setr_epi32(4, 4, 4, 4, 0, 0, 0, 0);
-  return _mm256_and_si256(_mm256_srlv_epi32(bytes, shifts), _mm256_set1_epi8(15));
-}
-
-template <DType dtype>
-class BlockTable16 {
- public:
-  explicit BlockTable16(const float* table) : table_(table) {}
-
- protected:
-  // By plain loops, for scales that are not finite.
-  __m256i values_of_any(float scale) const {
-    uint16_t values[16];
-    block_table<dtype>(table_, scale, values);
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-  }
-  static bool finite(float scale) { return (float_to_bits(scale) & kAbsMask) < kInfinityBits; }
-
- private:
-  const float* table_;
-};
-
-template <>
-class BlockBytes<DType::kBFloat16> : BlockTable16<DType::kBFloat16> {
- public:
-  // The place of feature i of 32 in the order of `look_up`.
-  static int place(int i) { return 8 * (2 * (i / 16) + i / 2 % 2) + 4 * (i % 2) + i % 16 / 4; }
-
-  explicit BlockBytes(const float* table)
-      : BlockTable16(table),
-        even_(_mm256_loadu2_m128(table + 8, table)),
-        odd_(_mm256_loadu2_m128(table + 12, table + 4)) {}
-
-  void set_scale(float scale) {
-    if (__builtin_expect(!finite(scale), 0)) return split_bytes(values_of_any(scale), low_, high_);
-    const __m256 factor = _mm256_set1_ps(scale);
-    const __m256i values = _mm256_packus_epi32(rounded(_mm256_mul_ps(even_, factor)),
-                                               rounded(_mm256_mul_ps(odd_, factor)));
-    split_bytes(values, low_, high_);
+  static void make(const BlockPair& values, __m256i* planes) {
+    const __m256i bytes = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
+                                           0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m256i by_byte[4];  // four bytes each of byte 0, byte 1, ...
+    for (int i = 0; i < 4; ++i) {
+      by_byte[i] = _mm256_shuffle_epi8(_mm256_castps_si256(rounded(values[i])), bytes);
+    }
+    const __m256i low[2] = {_mm256_unpacklo_epi32(by_byte[0], by_byte[1]),
+                            _mm256_unpacklo_epi32(by_byte[2], by_byte[3])};
+    const __m256i high[2] = {_mm256_unpackhi_epi32(by_byte[0], by_byte[1]),
+                             _mm256_unpackhi_epi32(by_byte[2], by_byte[3])};
+    planes[0] = _mm256_unpacklo_epi64(low[0], low[1]);
+    planes[1] = _mm256_unpackhi_epi64(low[0], low[1]);
+    planes[2] = _mm256_unpacklo_epi64(high[0], high[1]);
+    planes[3] = _mm256_unpackhi_epi64(high[0], high[1]);
   }
 
-  void look_up(const uint8_t* codes, __m256* out) const {
-    const __m256i ranks = split_codes(codes);
-    const __m256i low = _mm256_shuffle_epi8(low_, ranks);
-    const __m256i high = _mm256_shuffle_epi8(high_, ranks);
-    const __m256i pairs[2] = {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
-    for (int half = 0; half < 2; ++half) {
-      // A bfloat16 is the upper half of a float.
-      out[2 * half] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs[half], 16));
-      out[2 * half + 1] =
-          _mm256_castsi256_ps(_mm256_and_si256(pairs[half], _mm256_set1_epi32(int(0xffff0000u))));
+  static int place(int j) { return 8 * (j % 16 / 4) + 4 * (j / 16) + j % 4; }
+
+  static void look_up(const __m256i* planes, __m256i codes, __m256* out) {
+    __m256i bytes[4];
+    for (int i = 0; i < 4; ++i) bytes[i] = _mm256_shuffle_epi8(planes[i], codes);
+    const __m256i low[2] = {_mm256_unpacklo_epi8(bytes[0], bytes[1]),
+                            _mm256_unpackhi_epi8(bytes[0], bytes[1])};
+    const __m256i high[2] = {_mm256_unpacklo_epi8(bytes[2], bytes[3]),
+                             _mm256_unpackhi_epi8(bytes[2], bytes[3])};
+    for (int i = 0; i < 2; ++i) {
+      out[2 * i] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low[i], high[i]));
+      out[2 * i + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low[i], high[i]));
     }
   }
 
  private:
-  // The nearest bfloat16 of each, ties to even, in the lower half.
+  static __m256 rounded(__m256 v) {
+    if constexpr (dtype == DType::kFloat32) return v;
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+};
+
+// A bfloat16 is the upper half of a float: two planes.
+template <>
+struct Planes<DType::kBFloat16> {
+  static constexpr int kCount = 2;
+
+  static void make(const BlockPair& values, __m256i* planes) {
+    const __m256i bytes = _mm256_setr_epi8(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15,  //
+                                           0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15);
+    __m256i by_byte[2];  // eight low bytes, eight high ones
+    for (int i = 0; i < 2; ++i) {
+      const __m256i even = _mm256_srli_epi32(rounded(values[2 * i]), 16);
+      const __m256i both = _mm256_blend_epi16(even, rounded(values[2 * i + 1]), 0xaa);
+      by_byte[i] = _mm256_shuffle_epi8(both, bytes);
+    }
+    planes[0] = _mm256_unpacklo_epi64(by_byte[0], by_byte[1]);
+    planes[1] = _mm256_unpackhi_epi64(by_byte[0], by_byte[1]);
+  }
+
+  static int place(int j) { return 8 * (2 * (j % 16 / 8) + j % 2) + 4 * (j / 16) + j % 8 / 2; }
+
+  static void look_up(const __m256i* planes, __m256i codes, __m256* out) {
+    const __m256i low = _mm256_shuffle_epi8(planes[0], codes);
+    const __m256i high = _mm256_shuffle_epi8(planes[1], codes);
+    const __m256i words[2] = {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
+    const __m256i upper = _mm256_set1_epi32(int(0xffff0000u));
+    for (int i = 0; i < 2; ++i) {
+      out[2 * i] = _mm256_castsi256_ps(_mm256_slli_epi32(words[i], 16));
+      out[2 * i + 1] = _mm256_castsi256_ps(_mm256_and_si256(words[i], upper));
+    }
+  }
+
+ private:
+  // The nearest bfloat16 of each, ties to even, in the upper half; NaN has to be 0x7fc00000.
   static __m256i rounded(__m256 v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-    return _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   }
-
-  __m256 even_, odd_;  // values 0-3 and 8-11, 4-7 and 12-15: `packus` brings them in order
-  __m256i low_, high_;
 };
 
-template <>
-class BlockBytes<DType::kFloat16> : BlockTable16<DType::kFloat16> {
+// Planes of blocks [first, first + count) of a weight, at most kPlaneBlocks.
+template <DType dtype>
+class BlockPlanes {
  public:
-  static int place(int i) { return 8 * (2 * (i / 16) + i % 2) + i % 16 / 2; }
+  using P = Planes<dtype>;
 
-  explicit BlockBytes(const float* table)
-      : BlockTable16(table), first_(_mm256_loadu_ps(table)), second_(_mm256_loadu_ps(table + 8)) {}
-
-  void set_scale(float scale) {
-    if (__builtin_expect(!finite(scale), 0)) return split_bytes(values_of_any(scale), low_, high_);
-    const __m256 factor = _mm256_set1_ps(scale);
-    split_bytes(_mm256_set_m128i(rounded(_mm256_mul_ps(second_, factor)),
-                                 rounded(_mm256_mul_ps(first_, factor))),
-                low_, high_);
+  void make(const Quantized& weight, int64_t first, int64_t count) {
+    float scales[kPlaneBlocks + 1];
+    decode_scales(weight.scales, first, count, scales);
+    for (int64_t i = 0; i < count; ++i) {
+      scales[i] = scales[i] == scales[i] ? scales[i] : __builtin_nanf("");
+    }
+    scales[count] = 0.0f;  // of no block, where their number is odd
+    const __m256i own_scale = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    for (int64_t i = 0; i < count; i += 2) {
+      double two;
+      __builtin_memcpy(&two, scales + i, sizeof two);
+      const __m256 factor = _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(two)), own_scale);
+      BlockPair values;
+      for (int part = 0; part < 4; ++part) {
+        const __m256 quarter =
+            _mm256_broadcast_ps(reinterpret_cast<const __m128*>(weight.table + 4 * part));
+        values[part] = _mm256_mul_ps(quarter, factor);
+      }
+      P::make(values, planes_ + i / 2 * P::kCount);
+    }
   }
 
-  void look_up(const uint8_t* codes, __m256* out) const {
-    const __m256i ranks = split_codes(codes);
-    const __m256i low = _mm256_shuffle_epi8(low_, ranks);
-    const __m256i high = _mm256_shuffle_epi8(high_, ranks);
-    const __m256i pairs[2] = {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
-    for (int half = 0; half < 2; ++half) {
-      out[2 * half] = _mm256_cvtph_ps(_mm256_castsi256_si128(pairs[half]));
-      out[2 * half + 1] = _mm256_cvtph_ps(_mm256_extracti128_si256(pairs[half], 1));
+  // Those of the i-th block, in both halves.
+  void load(int64_t i, __m256i* planes) const {
+    for (int plane = 0; plane < P::kCount; ++plane) {
+      const auto* both = reinterpret_cast<const __m128i*>(planes_ + i / 2 * P::kCount + plane);
+      planes[plane] = _mm256_broadcastsi128_si256(_mm_load_si128(both + i % 2));
     }
   }
 
  private:
-  static __m128i rounded(__m256 v) {
-    return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
-
-  __m256 first_, second_;
-  __m256i low_, high_;
-};
-
-template <>
-class BlockBytes<DType::kFloat32> {
- public:
-  static int place(int i) { return i; }
-
-  explicit BlockBytes(const float* table)
-      : first_(_mm256_loadu_ps(table)), second_(_mm256_loadu_ps(table + 8)) {}
-
-  void set_scale(float scale) {
-    const __m256 factor = _mm256_set1_ps(scale);
-    low_ = _mm256_mul_ps(first_, factor);
-    high_ = _mm256_mul_ps(second_, factor);
-  }
-
-  void look_up(const uint8_t* codes, __m256* out) const {
-    const __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
-    for (int part = 0; part < 4; ++part) {
-      uint32_t word;
-      __builtin_memcpy(&word, codes + 4 * part, sizeof word);
-      const __m256i ranks = _mm256_srlv_epi32(_mm256_set1_epi32(int(word)), shifts);
-      const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(ranks, 28));
-      out[part] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low_, ranks),
-                                   _mm256_permutevar8x32_ps(high_, ranks), upper);
-    }
-  }
-
- private:
-  __m256 first_, second_;
-  __m256 low_, high_;
+  __m256i planes_[kPlaneBlocks / 2 * P::kCount];
 };
 
 // Whether the kernels below may run: rows of the weight have to begin with a block.
 bool by_rows(const Quantized& weight, const LinearShape& shape) {
-  return shape.rows <= kMostRows && shape.in_features % weight.block_size == 0;
+  return shape.rows <= kMostRows && weight.block_size % kLookup == 0 &&
+         shape.in_features % weight.block_size == 0;
 }
 
+// Rows that are multiplied together stand side by side, kLookup features of each: all that a lookup
+// is multiplied by is in one place. The earlier codes of its 32 bytes come first, then the later.
 template <DType dtype>
-void prepare_rows(const void* x, int64_t in_features, int64_t begin, int64_t end, float* out) {
-  const auto* source = static_cast<const typename Element<dtype>::Type*>(x);
+void prepare_rows(const void* x, const LinearShape& shape, int64_t begin, int64_t end, float* out) {
   int places[kLookup];
-  for (int i = 0; i < kLookup; ++i) places[i] = BlockBytes<dtype>::place(i);
-  for (int64_t k = begin * in_features; k < end * in_features; k += kLookup) {
-    for (int i = 0; i < kLookup; ++i) out[k + places[i]] = Element<dtype>::load(source[k + i]);
+  for (int i = 0; i < kLookup; ++i) {
+    places[i] = kLookup / 2 * (i % 2) + Planes<dtype>::place(i / 2);
+  }
+  const int64_t in_features = shape.in_features;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t first = row / kRowsTogether * kRowsTogether;
+    const int64_t together = smaller(kRowsTogether, shape.rows - first);
+    const auto* source = static_cast<const typename Element<dtype>::Type*>(x) + row * in_features;
+    float* target = out + first * in_features + (row - first) * kLookup;
+    for (int64_t k = 0; k < in_features; k += kLookup) {
+      for (int i = 0; i < kLookup; ++i) {
+        target[k * together + places[i]] = Element<dtype>::load(source[k + i]);
+      }
+    }
   }
 }
 
@@ -194,29 +184,43 @@ void multiply_rows(const Quantized& weight, const LinearShape& shape, const floa
   using Out = Element<dtype>;
   constexpr int kSums = kRows == 1 ? 4 : 2;  // so that products wait less for each other
   const int64_t in_features = shape.in_features;
+  const int64_t row_blocks = in_features / weight.block_size;
   const auto* biases = static_cast<const typename Out::Type*>(bias);
-  BlockBytes<dtype> values(weight.table);
+  const __m256i nibble = _mm256_set1_epi8(15);
+  BlockPlanes<dtype> planes;
   for (int64_t n = begin; n < end; ++n) {
     __m256 sums[kRows][kSums];
     for (auto& row : sums) {
       for (__m256& sum : row) sum = _mm256_setzero_ps();
     }
-    const int64_t first = n * in_features;
-    for_each_block(weight, first, first + in_features,
-                   [&](float scale, int64_t from, int64_t to) __attribute__((always_inline)) {
-                     values.set_scale(scale);
-                     for (int64_t k = from; k < to; k += kLookup) {
-                       __m256 looked_up[4];
-                       values.look_up(weight.codes + k / 2, looked_up);
-                       for (int m = 0; m < kRows; ++m) {
-                         const float* row = x + m * in_features + (k - first);
-                         for (int i = 0; i < 4; ++i) {
-                           __m256& sum = sums[m][i % kSums];
-                           sum = _mm256_fmadd_ps(looked_up[i], _mm256_loadu_ps(row + 8 * i), sum);
-                         }
-                       }
-                     }
-                   });
+    const uint8_t* codes = weight.codes + n * in_features / 2;
+    const float* columns = x;
+    for (int64_t first = 0; first < row_blocks; first += kPlaneBlocks) {
+      const int64_t count = smaller(kPlaneBlocks, row_blocks - first);
+      planes.make(weight, n * row_blocks + first, count);
+      for (int64_t block = 0; block < count; ++block) {
+        __m256i values[Planes<dtype>::kCount];
+        planes.load(block, values);
+        for (int64_t k = 0; k < weight.block_size; k += kLookup) {
+          const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+          const __m256i nibbles[2] = {_mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble),
+                                      _mm256_and_si256(bytes, nibble)};
+          for (int half = 0; half < 2; ++half) {
+            __m256 looked_up[4];
+            Planes<dtype>::look_up(values, nibbles[half], looked_up);
+            for (int m = 0; m < kRows; ++m) {
+              const float* row = columns + m * kLookup + half * kLookup / 2;
+              for (int i = 0; i < 4; ++i) {
+                __m256& sum = sums[m][i % kSums];
+                sum = _mm256_fmadd_ps(looked_up[i], _mm256_loadu_ps(row + 8 * i), sum);
+              }
+            }
+          }
+          codes += kLookup / 2;
+          columns += kRows * kLookup;
+        }
+      }
+    }
     const float offset = biases == nullptr ? 0.0f : Out::load(biases[n]);
     for (int m = 0; m < kRows; ++m) {
       __m256 total = _mm256_add_ps(sums[m][0], sums[m][1]);
@@ -246,9 +250,8 @@ struct Rows {
   static void prepare(const Quantized& weight, const LinearShape& shape, DType dtype, const void* x,
                       int64_t begin, int64_t end, void* out) {
     if (!by_rows(weight, shape)) return Panels::prepare(weight, shape, dtype, x, begin, end, out);
-    with_dtype(dtype, [&]<DType d>() {
-      prepare_rows<d>(x, shape.in_features, begin, end, static_cast<float*>(out));
-    });
+    with_dtype(dtype,
+               [&]<DType d>() { prepare_rows<d>(x, shape, begin, end, static_cast<float*>(out)); });
   }
   static void run(const Quantized& weight, const LinearShape& shape, DType dtype, const void* x,
                   int64_t begin, int64_t end, const void* bias, void* y) {
