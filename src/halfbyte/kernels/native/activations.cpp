@@ -188,8 +188,8 @@ std::vector<int64_t> strides_of(const std::vector<int64_t>& shape) {
 
 void reuse_activations(int64_t least, int64_t beside) {
   Problems problems("halfbyte::reuse_activations");
-  problems.expect(least >= 0, "least", "0, or a number of bytes", std::to_string(least));
-  problems.expect(beside >= 0, "beside", "0, or a number of bytes", std::to_string(beside));
+  problems.expect(least >= 0, "least", "0, or a number of bytes", least);
+  problems.expect(beside >= 0, "beside", "0, or a number of bytes", beside);
   problems.raise();
   pool().configure(least, beside);
 }

@@ -49,14 +49,12 @@ struct Inputs {
 
 void expect_heads(const Tensor& t, const char* name, ScalarType type,
                   const std::vector<int64_t>& sizes, Problems& problems) {
-  std::string shape;
-  for (const int64_t size : sizes) shape += (shape.empty() ? "[" : ", ") + std::to_string(size);
   const bool good = t.defined() && t.is_cpu() && t.scalar_type() == type && is_aligned(t) &&
                     std::equal(sizes.begin(), sizes.end(), t.sizes().begin(), t.sizes().end());
-  problems.expect(
-      good, name,
-      std::string("aligned ") + torch::headeronly::toString(type) + " " + shape + "] on the CPU",
-      describe(t));
+  if (good) return;
+  std::string shape;
+  for (const int64_t size : sizes) shape += (shape.empty() ? "[" : ", ") + std::to_string(size);
+  problems.expect(false, name, text("aligned ", type, " ", shape, "] on the CPU"), describe(t));
 }
 
 // Bounds from 0 to `total` that never fall; empty if they are not.
@@ -70,7 +68,7 @@ std::vector<int64_t> read_bounds(const Tensor& t, const char* name, int64_t tota
   std::vector<int64_t> bounds(first, first + t.numel());
   const bool rising =
       bounds.front() == 0 && bounds.back() == total && std::is_sorted(bounds.begin(), bounds.end());
-  problems.expect(rising, name, "rising numbers from 0 to " + std::to_string(total), "others");
+  problems.expect(rising, name, text("rising numbers from 0 to ", total), "others");
   return rising ? bounds : std::vector<int64_t>{};
 }
 
@@ -79,13 +77,12 @@ std::vector<Segment> read_segments(const Inputs& in, Problems& problems) {
   const auto keys = read_bounds(in.cu_seqlens_k, "cu_seqlens_k", in.k.size(0), problems);
   if (queries.empty() || keys.empty()) return {};
   const bool paired = queries.size() == keys.size();
-  problems.expect(paired, "cu_seqlens_k", std::to_string(queries.size()) + " numbers",
-                  std::to_string(keys.size()));
+  problems.expect(paired, "cu_seqlens_k", text(queries.size(), " numbers"), keys.size());
   std::vector<Segment> segments;
   for (size_t b = 0; paired && b + 1 < queries.size(); ++b) {
     segments.push_back({queries[b], queries[b + 1] - queries[b], keys[b], keys[b + 1] - keys[b]});
     problems.expect(segments.back().num_keys >= segments.back().num_queries, "cu_seqlens_k",
-                    "no fewer keys than queries in segment " + std::to_string(b), "fewer");
+                    text("no fewer keys than queries in segment ", b), "fewer");
   }
   return segments;
 }
@@ -101,13 +98,13 @@ Attention check(const Inputs& in, std::vector<Segment>& segments, Problems& prob
   problems.expect_positive(heads, "heads");
   problems.expect_positive(features, "features");
   problems.expect(groups >= 1 && heads % groups == 0, "k",
-                  "a number of heads that divides " + std::to_string(heads), describe(in.k));
+                  text("a number of heads that divides ", heads), describe(in.k));
   expect_heads(in.k, "k", in.q.scalar_type(), {keys, groups, features}, problems);
   expect_heads(in.v, "v", in.q.scalar_type(), {keys, groups, features}, problems);
-  problems.expect(std::isfinite(in.scale), "scale", "a finite number", std::to_string(in.scale));
+  problems.expect(std::isfinite(in.scale), "scale", "a finite number", in.scale);
   if (in.window) problems.expect_positive(*in.window, "window");
   problems.expect(!in.softcap || (std::isfinite(*in.softcap) && float(*in.softcap) > 0), "softcap",
-                  "a positive number", std::to_string(in.softcap.value_or(0)));
+                  "a positive number", in.softcap.value_or(0));
   segments = read_segments(in, problems);
   problems.raise();
   Attention a{};

@@ -19,6 +19,7 @@ constexpr int kRowsTogether = 4;
 constexpr int64_t kMostRows = 16;  // from here on, decoding panels once is faster: measured
 constexpr int64_t kLookup = 64;    // weights that are looked up together
 constexpr int64_t kPlaneBlocks = 64;
+constexpr int64_t kAhead = 2048;  // bytes of codes that are on their way from memory
 
 // The values of two blocks, one in the lower halves of the registers, one in the upper: values 4i
 // to 4i + 3 in the i-th register.
@@ -202,6 +203,7 @@ void multiply_rows(const Quantized& weight, const LinearShape& shape, const floa
         __m256i values[Planes<dtype>::kCount];
         planes.load(block, values);
         for (int64_t k = 0; k < weight.block_size; k += kLookup) {
+          _mm_prefetch(codes + kAhead, _MM_HINT_T0);
           const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
           const __m256i nibbles[2] = {_mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble),
                                       _mm256_and_si256(bytes, nibble)};

@@ -9,6 +9,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "types.h"
 
@@ -17,14 +18,36 @@ namespace halfbyte {
 using torch::stable::Tensor;
 using ScalarType = torch::headeronly::ScalarType;
 
-inline std::string describe(const Tensor& t) {
-  if (!t.defined()) return "none";
-  std::ostringstream text;
-  text << torch::headeronly::toString(t.scalar_type()) << " [";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << (t.is_contiguous() ? "]" : "], not contiguous");
-  if (!t.is_cpu()) text << ", not on the CPU";
-  return text.str();
+// What a message says of a tensor. Written out only when it is: checks that pass cost no text.
+struct Description {
+  const Tensor& t;
+
+  friend std::ostream& operator<<(std::ostream& text, const Description& description) {
+    const Tensor& t = description.t;
+    if (!t.defined()) return text << "none";
+    text << torch::headeronly::toString(t.scalar_type()) << " [";
+    for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+    text << (t.is_contiguous() ? "]" : "], not contiguous");
+    return text << (t.is_cpu() ? "" : ", not on the CPU");
+  }
+};
+
+inline Description describe(const Tensor& t) { return {t}; }
+
+// Parts of a message, one after the other; for use in the same statement.
+template <typename... Parts>
+struct Text {
+  std::tuple<const Parts&...> parts;
+
+  friend std::ostream& operator<<(std::ostream& stream, const Text& text) {
+    std::apply([&](const Parts&... part) { (stream << ... << part); }, text.parts);
+    return stream;
+  }
+};
+
+template <typename... Parts>
+Text<Parts...> text(const Parts&... parts) {
+  return {std::tie(parts...)};
 }
 
 inline bool is_aligned(const Tensor& t) {
@@ -48,17 +71,19 @@ class Problems {
  public:
   explicit Problems(const char* op) : op_(op) {}
 
-  void expect(bool good, const char* name, const std::string& expected, const std::string& found) {
-    if (!good) text_ << "\n  " << name << ": " << expected << " expected, found " << found;
+  template <typename Expected, typename Found>
+  void expect(bool good, const char* name, const Expected& expected, const Found& found) {
+    if (good) return;
+    std::ostringstream problem;
+    problem << "\n  " << name << ": " << expected << " expected, found " << found;
+    text_ += problem.str();
   }
 
   // A contiguous, aligned tensor on the CPU with `numel` elements.
   bool expect_vector(const Tensor& t, const char* name, ScalarType type, int64_t numel) {
     const bool good = t.defined() && t.is_cpu() && t.scalar_type() == type && t.numel() == numel &&
                       t.is_contiguous() && is_aligned(t);
-    expect(good, name,
-           std::string("contiguous, aligned ") + torch::headeronly::toString(type) + " with " +
-               std::to_string(numel) + " elements on the CPU",
+    expect(good, name, text("contiguous, aligned ", type, " with ", numel, " elements on the CPU"),
            describe(t));
     return good;
   }
@@ -68,8 +93,8 @@ class Problems {
     const bool good = t.defined() && t.is_cpu() && dtype_of(t).has_value() && is_aligned(t) &&
                       (!contiguous || t.is_contiguous());
     expect(good, name,
-           std::string(contiguous ? "contiguous, " : "") +
-               "aligned float32, bfloat16 or float16 on the CPU",
+           contiguous ? "contiguous, aligned float32, bfloat16 or float16 on the CPU"
+                      : "aligned float32, bfloat16 or float16 on the CPU",
            describe(t));
   }
 
@@ -79,7 +104,7 @@ class Problems {
     const auto* values = static_cast<const float*>(t.const_data_ptr());
     for (int64_t i = 0; i < size; ++i) {
       if ((float_to_bits(values[i]) & kAbsMask) >= kInfinityBits) {
-        expect(false, name, "finite values", "one that is not at " + std::to_string(i));
+        expect(false, name, "finite values", text("one that is not at ", i));
         return;
       }
     }
@@ -87,22 +112,21 @@ class Problems {
 
   void expect_block_size(int64_t size) {
     expect(size >= 32 && size <= kMaxBlockSize && (size & (size - 1)) == 0, "block_size",
-           "a power of two from 32 to 4096", std::to_string(size));
+           "a power of two from 32 to 4096", size);
   }
 
   void expect_positive(int64_t value, const char* name) {
-    expect(value >= 1, name, "at least 1", std::to_string(value));
+    expect(value >= 1, name, "at least 1", value);
   }
 
   // Throws if anything was found.
   void raise() const {
-    const std::string found = text_.str();
-    if (!found.empty()) throw std::runtime_error(std::string(op_) + found);
+    if (!text_.empty()) throw std::runtime_error(op_ + text_);
   }
 
  private:
   const char* op_;
-  std::ostringstream text_;
+  std::string text_;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }

@@ -39,12 +39,11 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight, const std::optional<Te
   const bool fits = x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) &&
                     x.scalar_type() == weight.scalar_type();
   problems.expect(fits, "weight", "matrices x [T, I] and weight [O, I] of one dtype",
-                  describe(x) + " and " + describe(weight));
+                  text(describe(x), " and ", describe(weight)));
   problems.raise();
   const int64_t rows = x.size(0), in_features = x.size(1), out_features = weight.size(0);
   problems.expect(in_features <= 1 || weight.stride(1) == 1, "weight",
-                  "adjacent elements in its rows",
-                  "a stride of " + std::to_string(weight.stride(1)));
+                  "adjacent elements in its rows", text("a stride of ", weight.stride(1)));
   if (bias.has_value()) problems.expect_vector(*bias, "bias", x.scalar_type(), out_features);
   problems.raise();
 
@@ -73,10 +72,9 @@ void expect_heads(Problems& problems, const Tensor& t, const char* name, const T
                     t.dim() == 3 && t.size(0) >= 1 && t.size(1) >= 1 && t.size(2) == q.size(1) &&
                     t.size(0) == keys.size(0) && t.size(1) == keys.size(1) &&
                     (t.size(2) <= 1 || t.stride(2) == 1) && is_aligned(t);
-  problems.expect(
-      good, name,
-      "aligned [G, S, " + std::to_string(q.size(1)) + "] of the dtype of q, features adjacent",
-      describe(t));
+  problems.expect(good, name,
+                  text("aligned [G, S, ", q.size(1), "] of the dtype of q, features adjacent"),
+                  describe(t));
 }
 
 Tensor single_query_attention(const Tensor& q, const Tensor& keys, const Tensor& values,
@@ -90,7 +88,7 @@ Tensor single_query_attention(const Tensor& q, const Tensor& keys, const Tensor&
   problems.raise();
   expect_heads(problems, values, "values", q, keys);
   problems.expect(q.size(0) % keys.size(0) == 0, "q",
-                  "a multiple of " + std::to_string(keys.size(0)) + " heads", describe(q));
+                  text("a multiple of ", keys.size(0), " heads"), describe(q));
   problems.raise();
 
   const Tensor out = torch::stable::empty_like(q);

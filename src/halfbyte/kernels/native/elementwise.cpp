@@ -36,7 +36,7 @@ void expect_like(const Tensor& t, const char* name, const Tensor& x, Problems& p
   if (fits) {
     problems.expect(
         std::equal(t.sizes().begin(), t.sizes().end(), x.sizes().begin(), x.sizes().end()), name,
-        "the shape " + describe(x), describe(t));
+        text("the shape ", describe(x)), describe(t));
   }
 }
 
@@ -174,7 +174,8 @@ GatedRows check_gated(const Tensor& gate, const Tensor& up, const std::string& a
   const bool same =
       up.defined() && up.is_cpu() && up.scalar_type() == gate.scalar_type() && is_aligned(up) &&
       std::equal(gate.sizes().begin(), gate.sizes().end(), up.sizes().begin(), up.sizes().end());
-  problems.expect(same, "up", "aligned, on the CPU, and like gate " + describe(gate), describe(up));
+  problems.expect(same, "up", text("aligned, on the CPU, and like gate ", describe(gate)),
+                  describe(up));
   problems.raise();
   const auto gate_stride = row_stride(gate), up_stride = row_stride(up);
   const char* rows_of = "contiguous, or [T, I] with consecutive features";

@@ -173,15 +173,14 @@ void matmul_into_(Tensor& c, const Tensor& a, const Tensor& b, const std::option
   problems.raise();
   const bool matrices = a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0);
   problems.expect(matrices, "b", "matrices a [M, K] and b [K, N]",
-                  describe(a) + " and " + describe(b));
+                  text(describe(a), " and ", describe(b)));
   problems.raise();
   const int64_t rows = a.size(0);
   const int64_t columns = b.size(1);
   const bool fits = c.dim() == 2 && c.size(0) == rows && c.size(1) == columns &&
                     (columns <= 1 || c.stride(1) == 1) && (rows <= 1 || c.stride(0) >= columns);
   problems.expect(fits, "c",
-                  "a matrix [" + std::to_string(rows) + ", " + std::to_string(columns) +
-                      "] with adjacent elements in its rows",
+                  text("a matrix [", rows, ", ", columns, "] with adjacent elements in its rows"),
                   describe(c));
   if (bias.has_value()) problems.expect_vector(*bias, "bias", c.scalar_type(), columns);
   problems.raise();

@@ -144,7 +144,7 @@ LinearShape shape_of(const Tensor& x, const char* name, int64_t width, int64_t o
   problems.expect_positive(out_features, "out_features");
   problems.expect_positive(in_features, "in_features");
   const bool fits = x.defined() && x.dim() >= 1 && x.size(x.dim() - 1) == width;
-  problems.expect(fits, name, "a last dimension of " + std::to_string(width), describe(x));
+  problems.expect(fits, name, text("a last dimension of ", width), describe(x));
   int64_t numel = 0;
   problems.expect(!__builtin_mul_overflow(out_features, in_features, &numel), "out_features",
                   "a weight that fits into memory", "one that does not");

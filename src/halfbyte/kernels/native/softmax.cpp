@@ -23,8 +23,8 @@ Tensor cross_entropy_(Tensor& logits, const Tensor& targets, double grad_scale) 
   problems.raise();
   const auto* picked = static_cast<const int64_t*>(targets.const_data_ptr());
   for (int64_t r = 0; r < rows; ++r) {
-    problems.expect(picked[r] >= 0 && picked[r] < classes, "targets",
-                    "0 to " + std::to_string(classes - 1), std::to_string(picked[r]));
+    problems.expect(picked[r] >= 0 && picked[r] < classes, "targets", text("0 to ", classes - 1),
+                    picked[r]);
     problems.raise();
   }
   const Tensor losses = torch::stable::new_empty(logits, {rows});
