@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +110,7 @@ class Dropped:
     def begin(self, loss_scale: float = 1.0) -> None:
         """Nothing is held."""
 
-    def expect_step(self) -> None:
+    def expect_step(self, lend: Callable[[int], int] | None = None) -> None:
         """None comes."""
 
     def finish(self, max_norm: float | None = None) -> Tensor:  # noqa: ARG002  (as all of them)

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.paged_run import MB, StepFigures, open_run, run_arguments, save
-from halfbyte.memory.pool import PAGE_BYTES
+from halfbyte.memory.layout import PAGE_BYTES
 from halfbyte.memory.tiers import FileTier
 
 _DISK_PAGES = 128

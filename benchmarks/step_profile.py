@@ -92,13 +92,13 @@ def main() -> None:
     with reusing_activations(adapter.parameters.values()):
         for documents in batches(arguments):
             batch = pack_documents(documents)
-            fresh = activations.fresh_bytes()
+            fresh = activations.usage().fresh
             with profile(activities=[ProfilerActivity.CPU]) as recorded:
                 begin = time.perf_counter()
                 compute_gradients(decoder, [batch], accumulator, recompute=recompute)
                 optimizer.step()
                 total = time.perf_counter() - begin
-            fresh = activations.fresh_bytes() - fresh
+            fresh = activations.usage().fresh - fresh
     parts: dict[str, float] = defaultdict(float)
     for event in recorded.key_averages():
         parts[part_of(event.key)] += event.self_cpu_time_total / 1e6

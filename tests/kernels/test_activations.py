@@ -42,10 +42,10 @@ def test_a_result_takes_the_block_of_one_that_is_gone() -> None:
     first = blocks(8)
     place = first.data_ptr()
     del first
-    assert activations.kept_bytes() == 8 * PAGE
+    assert activations.usage().kept == 8 * PAGE
     second = blocks(8)
     assert second.data_ptr() == place
-    assert activations.kept_bytes() == 0
+    assert activations.usage().kept == 0
 
 
 X = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
@@ -81,10 +81,10 @@ MAKERS = {
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_results_of_operators_come_from_kept_memory(make: Callable[[], object]) -> None:
     make()
-    before = activations.fresh_bytes()
+    before = activations.usage().fresh
     make()
-    assert activations.fresh_bytes() == before
-    assert activations.kept_bytes() >= 512 * 64 * 2
+    assert activations.usage().fresh == before
+    assert activations.usage().kept >= 512 * 64 * 2
 
 
 @pytest.mark.usefixtures("reuse")
@@ -93,9 +93,9 @@ def test_a_block_becomes_one_of_about_its_size(pages: int, fresh: int) -> None:
     held = blocks(80).fill_(7.0)
     other = blocks(200)  # keeps the most that was in use high enough
     del held, other
-    before = activations.fresh_bytes()
+    before = activations.usage().fresh
     made = blocks(pages)
-    assert activations.fresh_bytes() - before == fresh * PAGE
+    assert activations.usage().fresh - before == fresh * PAGE
     made.fill_(1.0)
     assert torch.all(made == 1.0)
 
@@ -113,7 +113,7 @@ def test_in_use_and_kept_never_exceed_the_most_in_use() -> None:
             held.append((pages, blocks(pages)))
         used = sum(pages for pages, _ in held) * PAGE
         most = max(most, used)
-        assert activations.kept_bytes() + used <= most
+        assert activations.usage().kept + used <= most
 
 
 @pytest.mark.usefixtures("reuse")
@@ -121,10 +121,10 @@ def test_release_gives_back_what_is_kept_and_forgets_the_most() -> None:
     large = blocks(100)
     del large
     activations.release()
-    assert activations.kept_bytes() == 0
+    assert activations.usage().kept == 0
     small, other = blocks(2), blocks(3)
     del small
-    assert activations.kept_bytes() == 2 * PAGE
+    assert activations.usage().kept == 2 * PAGE
     assert blocks(50).shape == (50, PAGE // 4)  # more than ever: nothing stays beside it
     assert other.shape == (3, PAGE // 4)
 
@@ -134,22 +134,22 @@ def test_what_arrives_beside_has_room(beside: int, kept: int, later: int) -> Non
     with activations.reusing(least=PAGE, beside=beside * PAGE):
         held = [blocks(1) for _ in range(64)]
         del held
-        assert activations.kept_bytes() == kept * PAGE
+        assert activations.usage().kept == kept * PAGE
         # By the next tensors, too, when what was to arrive may be there.
         again = [blocks(1) for _ in range(32)]
-        assert activations.kept_bytes() == later * PAGE
+        assert activations.usage().kept == later * PAGE
         assert len(again) == 32
 
 
 def test_nothing_is_kept_outside_and_tensors_outlive_the_block() -> None:
     with activations.reusing(least=PAGE):
         kept = blocks(8).fill_(7.0)
-    assert activations.kept_bytes() == 0
+    assert activations.usage().kept == 0
     assert torch.all(kept == 7.0)
     del kept
-    assert activations.kept_bytes() == 0
+    assert activations.usage().kept == 0
     blocks(8)
-    assert activations.kept_bytes() == 0
+    assert activations.usage().kept == 0
 
 
 @pytest.mark.usefixtures("reuse")
@@ -170,6 +170,39 @@ def test_what_cannot_be_allocated_is_an_error(shape: tuple[int, ...]) -> None:
     with pytest.raises(RuntimeError):
         activation(LIKE, shape)
     assert blocks(8).shape == (8, PAGE // 4)
+
+
+@pytest.mark.usefixtures("reuse")
+def test_what_a_backward_gives_up_may_be_used_by_others() -> None:
+    held = [blocks(8) for _ in range(10)]
+    activations.release()
+    given_up = activations.GivenUp()
+    assert given_up.lend() == 0
+    rising = blocks(16)  # so much is needed within a layer
+    del held[6:]
+    assert given_up.lend() == (80 - 64 - 16 // 4) * PAGE  # what rises is still there
+    del rising
+    assert given_up.lend(keep=3 * PAGE) == (32 - 16 // 4 - 3) * PAGE
+    usage = activations.usage()
+    assert (usage.used, usage.most) == (48 * PAGE, 96 * PAGE)
+    assert usage.kept == 16 * PAGE  # whole blocks, of the 96 - 48 - 25 there is room for
+    again = blocks(40)
+    assert given_up.lend() == 25 * PAGE  # as before: it was counted on for all that comes
+    del again
+    held.clear()
+    assert given_up.lend() == (80 - 16 // 4) * PAGE
+    assert activations.usage().kept <= (96 - 76) * PAGE
+    activations.release()
+    held = [blocks(8) for _ in range(3)]
+    held.clear()
+    assert activations.usage().kept == 24 * PAGE  # the loan is over
+
+
+def test_nothing_is_lent_without_reuse() -> None:
+    given_up = activations.GivenUp()
+    assert given_up.lend() == 0
+    with pytest.raises(RuntimeError, match="bytes: 0, or a number of bytes expected, found -1"):
+        torch.ops.halfbyte.lend_activations(-1)
 
 
 @pytest.mark.parametrize(("least", "beside"), [(-1, 0), (PAGE, -1)])
@@ -202,10 +235,10 @@ def test_steps_have_the_same_bits_and_little_fresh_memory(tmp_path: Path, recomp
         accumulator = ResidentAccumulator(parameters)
         losses, fresh = [], []
         for _ in range(count):
-            before = activations.fresh_bytes()
+            before = activations.usage().fresh
             found = compute_gradients(model.decoder, [batch], accumulator, recompute=recompute)
             losses.append(found.loss)
-            fresh.append(activations.fresh_bytes() - before)
+            fresh.append(activations.usage().fresh - before)
         return losses, [p.grad.clone() for p in parameters if p.grad is not None], fresh
 
     losses, gradients, none = steps(1)

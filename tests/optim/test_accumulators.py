@@ -31,11 +31,12 @@ def train(
     loss_scale: float = 1.0,
     max_norm: float | None = 1.0,
     between: Callable[[int], None] = lambda _: None,
+    lend: Callable[[int], int] | None = None,
 ) -> list[Tensor]:
     """Take steps and return their norms."""
     accumulator = optimizer.accumulator()
     return [
-        one_step(params, optimizer, accumulator, step, loss_scale, max_norm, between)
+        one_step(params, optimizer, accumulator, step, loss_scale, max_norm, between, lend)
         for step in range(STEPS)
     ]
 
@@ -48,12 +49,13 @@ def one_step(
     loss_scale: float,
     max_norm: float | None,
     between: Callable[[int], None],
+    lend: Callable[[int], int] | None = None,
 ) -> Tensor:
     accumulator.begin(loss_scale)
     for number in range(step * MICRO_BATCHES, (step + 1) * MICRO_BATCHES):
         between(number)
         if number % MICRO_BATCHES == MICRO_BATCHES - 1:
-            accumulator.expect_step()
+            accumulator.expect_step(lend)
         (loss_of(params, number) * loss_scale).backward()
     norm = accumulator.finish(max_norm)
     optimizer.step()
@@ -89,6 +91,45 @@ def test_every_budget_gives_the_same_bits(
     assert_same_bits(optimizer, oracle)
     assert all(param.grad is None for param in params)
     assert optimizer.stats().peak_resident_bytes <= pages * PAGE
+
+
+@pytest.mark.parametrize("pages", [2, 3, 13])
+def test_what_backwards_give_up_spares_gradients_the_slow_tier(pages: int) -> None:
+    expected = parameters()
+    oracle = AdamW(expected, lr=1e-2)
+    norms = train(expected, oracle)
+    asked: list[int] = []
+
+    def lend(keep: int) -> int:
+        asked.append(keep)
+        return 2**30
+
+    params = parameters()
+    optimizer = paged(params, 32, pages)
+    found = train(params, optimizer, lend=lend)
+    assert torch.equal(torch.stack(found), torch.stack(norms))
+    assert_same(params, expected)
+    assert_same_bits(optimizer, oracle)
+    assert asked == [2 * max(param.nbytes for param in params)] * (STEPS * len(params))
+    assert optimizer.stats().resident_bytes <= pages * PAGE
+    plain_params = parameters()
+    plain = paged(plain_params, 32, pages)
+    train(plain_params, plain)
+    assert optimizer.stats().paged_out_bytes < plain.stats().paged_out_bytes
+    assert optimizer.stats().paged_in_bytes < plain.stats().paged_in_bytes
+
+
+def test_a_step_that_is_not_taken_repays() -> None:
+    pages = 3
+    params = parameters()
+    optimizer = paged(params, 32, pages)
+    accumulator = optimizer.accumulator()
+    accumulator.begin()
+    accumulator.expect_step(lambda _: 2**30)
+    loss_of(params, 0).backward()
+    assert optimizer.stats().resident_bytes > pages * PAGE
+    accumulator.begin()
+    assert optimizer.stats().resident_bytes <= pages * PAGE
 
 
 def test_budgets_that_change_between_micro_batches() -> None:

@@ -11,6 +11,7 @@ Semantics:
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from halfbyte.kernels import backends
 
 LEAST_BYTES = 128 * 2**10
 """Blocks from this size on are reused. Smaller ones come from the heap, which keeps them anyway."""
+
+_RISES_AGAIN = 4  # a later layer may rise by a quarter more than those before it
 
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define("activation(Tensor like, SymInt[] shape, ScalarType? dtype=None) -> Tensor")
@@ -82,11 +85,51 @@ def release() -> None:
         torch.ops.halfbyte.release_activations()
 
 
-def fresh_bytes() -> int:
-    """Bytes that came from the system because no kept block fitted, since the process began."""
-    return int(torch.ops.halfbyte.fresh_activation_bytes()) if backends.native_in_use() else 0
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes of activations that `reusing` takes care of.
+
+    Attributes:
+        used: In use.
+        most: In use at once, at most, since `release`.
+        kept: Not in use, and kept.
+        fresh: That came from the system because no kept block fitted, since the process began.
+    """
+
+    used: int = 0
+    most: int = 0
+    kept: int = 0
+    fresh: int = 0
 
 
-def kept_bytes() -> int:
-    """Bytes that are kept and not in use."""
-    return int(torch.ops.halfbyte.kept_activation_bytes()) if backends.native_in_use() else 0
+def usage() -> Usage:
+    """At this moment; all zero without native kernels."""
+    return Usage(*torch.ops.halfbyte.activation_usage()) if backends.native_in_use() else Usage()
+
+
+class GivenUp:
+    """What a backward pass has given up of the activations that it began with.
+
+    Somebody else may use that much until the next forward pass: together with activations it stays
+    within the most that they took. Activations also rise in between, within a layer or where one is
+    computed again; how much is seen at the layers passed so far, and left to those to come.
+    """
+
+    def __init__(self) -> None:
+        """To be made where the backward pass begins, just after `release`."""
+        self._begun = usage().used
+        self._lent = 0
+
+    def lend(self, keep: int = 0) -> int:
+        """What may be used by others from here on; activations keep so much less.
+
+        Args:
+            keep: Bytes of it that are needed for something else.
+        """
+        now = usage()
+        rise = max(now.most - self._begun, 0)
+        given_up = self._begun - now.used - rise // _RISES_AGAIN - keep
+        if given_up > self._lent:  # what holds for all that comes holds for what comes later
+            self._lent = given_up
+            torch.ops.halfbyte.lend_activations(given_up)
+        return self._lent

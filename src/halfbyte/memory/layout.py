@@ -15,6 +15,18 @@ from torch import Tensor
 
 ALIGNMENT = 64
 """Bytes; every field of a part starts on a cache line, which is also the widest vector."""
+PAGE_BYTES = 2**22
+"""Large enough for a disk to reach its speed."""
+SMALL_PAGE_BYTES = 2**18
+"""Below this a page costs more processor time than it saves in waiting."""
+
+_PAGES_TO_OVERLAP = 8  # two at work, three on their way, and as many leaving
+
+
+def page_bytes_for(fast_bytes: int) -> int:
+    """The largest pages of which a budget has enough for transfers to overlap the work."""
+    wanted = 1 << max(fast_bytes // _PAGES_TO_OVERLAP, 1).bit_length() - 1
+    return min(max(wanted, SMALL_PAGE_BYTES), PAGE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,9 @@ a budget of K out of N pages, N - K move in and out a walk, which is the least p
 Between walks an item can be changed by itself (`update`): what is given up for it is what the next
 walk needs last.
 
+A pool may `borrow` memory that others have no use for until the next walk has ended: what is
+changed before it then need not be written and read again, and that walk repays as it goes.
+
 Nothing is half-done when storage fails. Room for every page is reserved before a walk begins. A
 page that cannot be written stays in memory, over budget, so that the walk still ends; the next
 walk then refuses to start, and everything can still be read out. Only a page that cannot be
@@ -18,7 +21,6 @@ read back, after retries, is lost; then the pool refuses everything.
 """
 
 import weakref
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,27 +31,16 @@ from torch import Tensor
 
 from halfbyte.errors import UsageError
 from halfbyte.memory.buffers import Buffers
-from halfbyte.memory.layout import Item, Part, lay_out, smallest_page
+from halfbyte.memory.layout import Item, Part, lay_out, page_bytes_for, smallest_page
 from halfbyte.memory.stats import PoolStats
 from halfbyte.memory.tiers import BLOCK, Tier
 from halfbyte.memory.transfers import Page
 from halfbyte.memory.walks import Chunk, Stop, Walk, stops_at
 
-PAGE_BYTES = 2**22
-"""Large enough for a disk to reach its speed."""
-SMALL_PAGE_BYTES = 2**18
-"""Below this a page costs more processor time than it saves in waiting."""
 MIN_PAGES = 2
 """One at work and one on its way, or two together."""
 
 _IN_FLIGHT = 3  # transfers queued ahead of a walk
-_PAGES_TO_OVERLAP = 8  # two at work, three on their way, and as many leaving
-
-
-def page_bytes_for(fast_bytes: int) -> int:
-    """The largest pages of which a budget has enough for transfers to overlap the work."""
-    wanted = 1 << max(fast_bytes // _PAGES_TO_OVERLAP, 1).bit_length() - 1
-    return min(max(wanted, SMALL_PAGE_BYTES), PAGE_BYTES)
 
 
 class Pool:
@@ -75,6 +66,7 @@ class Pool:
         self._tier = tier
         self._page_bytes = page_bytes
         self._budget = self._checked(fast_bytes)
+        self._loan = 0
         self._items: list[Item] = []
         self._origins: list[int] = []  # by item: the place of its first element among all
         self._pages: list[Page] = []  # in the order of those places
@@ -197,15 +189,27 @@ class Pool:
         self.set_budget(budget)
         return budget
 
-    def prefetch(self) -> None:
-        """Begin to fill the budget with what the next walk needs first, and return at once."""
+    def borrow(self, num_bytes: int) -> None:
+        """Hold so much above the budget, until the next walk has ended at the latest."""
+        with self._lock:
+            self._loan = num_bytes
+            if self._walk is None and self._buffers.count > self._capacity:
+                self._settle()
+
+    def prefetch(self, *, leave: int = 0) -> None:
+        """Begin to fill the budget with what the next walk needs first, and return at once.
+
+        Args:
+            leave: Bytes of the budget for what will be changed before.
+        """
         buffers = self._buffers
+        capacity = self._capacity - -(-leave // self._page_bytes)
         with self._lock:
             if self._walk is not None or buffers.failure or buffers.lost:
                 return
             buffers.reap()
             for page in self._ordered(self._pages):
-                if len(buffers.jobs) >= _IN_FLIGHT or buffers.count >= self._capacity:
+                if len(buffers.jobs) >= _IN_FLIGHT or buffers.count >= capacity:
                     break
                 if page.stored and page.buffer is None and page.job is None:
                     page.prefetched = True
@@ -232,7 +236,7 @@ class Pool:
         wanted = None if items is None else frozenset(items)
         stops = self._stops(self._pages, wanted)
         self._forward = not self._forward
-        yield from self._visit(stops, change=True, spend=spend)
+        yield from self._visit(stops, change=True, spend=spend, repay=True)
 
     def update(self, item: int) -> Iterator[Chunk]:
         """Visit the parts of one item, to change them in place, out of turn.
@@ -296,13 +300,13 @@ class Pool:
     # A walk: `_arrive` at each page, leave it, look ahead in between.
 
     def _visit(
-        self, stops: Sequence[Stop], *, change: bool, spend: bool = False
+        self, stops: Sequence[Stop], *, change: bool, spend: bool = False, repay: bool = False
     ) -> Iterator[Chunk]:
         if self._buffers.lost:
             raise self._buffers.lost
         with self._lock:
             self._buffers.reap()
-            self._walk = walk = Walk(stops)
+            self._walk = walk = Walk(stops, list(self._ordered(self._pages)), repays=repay)
         last_uses = walk.last_uses()
         try:
             for number, stop in enumerate(stops):
@@ -317,12 +321,14 @@ class Pool:
                             walk.pinned = tuple(p for p in walk.pinned if p is not page)
                             if spend and place:
                                 page.forget()
-                                self._passed(walk).appendleft(page)
+                                walk.passed.appendleft(page)
                             else:
-                                self._passed(walk).append(page)
+                                walk.passed.append(page)
         finally:
             with self._lock:
                 self._walk = None
+                if repay:
+                    self._loan = 0
                 if self._buffers.count > self._capacity:
                     self._settle()
 
@@ -338,6 +344,7 @@ class Pool:
             page.dirty |= change
         self._shrink(walk)
         self._look_ahead(walk)
+        self._repay(walk)
 
     def _arrive(self, walk: Walk, page: Page) -> None:
         self._buffers.reap()
@@ -375,42 +382,33 @@ class Pool:
 
     def _request(self, walk: Walk, page: Page, *, urgent: bool) -> bool:
         """Begin to bring a page in, if there is a buffer for it."""
-        if self._buffers.count < self._capacity:
-            self._buffers.transfer(None, page)
+        buffers = self._buffers
+        if buffers.count < (self._owned if walk.repays else self._capacity):
+            buffers.transfer(None, page)
             return True
-        victim = self._victim(walk, urgent=urgent)
-        if victim is not None:
-            self._buffers.transfer(victim, page)
-        return victim is not None
+        full = buffers.count >= self._capacity
+        victim = walk.victim(urgent=urgent and full)
+        if victim is None and full:
+            return False
+        buffers.transfer(victim, page)
+        return True
 
-    def _victim(self, walk: Walk, *, urgent: bool) -> Page | None:
-        """The page to give up: passed longest ago; if it must be, the one needed last."""
-        passed = self._passed(walk)
-        while passed:
-            page = passed.popleft()
-            if page.buffer is not None and page not in walk.pinned:
-                return page
-        if urgent:
-            for place in range(len(walk.order) - 1, walk.at, -1):
-                page = walk.order[place]
-                if page.buffer is not None and page not in walk.pinned:
-                    walk.ahead = min(walk.ahead, place)
-                    return page
-        return None
-
-    def _passed(self, walk: Walk) -> deque[Page]:
-        """Pages that this walk does not need any more, in the order to give them up."""
-        if walk.passed is None:
-            asked = set(walk.order)
-            unasked = [page for page in self._ordered(self._pages) if page not in asked]
-            walk.passed = deque(reversed(unasked))
-        return walk.passed
+    def _repay(self, walk: Walk) -> None:
+        """Let go of what is on loan and was passed, while nothing else has to move."""
+        buffers = self._buffers
+        while walk.repays and buffers.count - buffers.num_leaving > self._owned:
+            if len(buffers.jobs) >= _IN_FLIGHT:
+                return
+            victim = walk.victim(urgent=False)
+            if victim is None:
+                return
+            buffers.transfer(victim, None)
 
     def _shrink(self, walk: Walk) -> None:
         """During a walk: bring the buffers down to a budget that became smaller."""
         buffers = self._buffers
         while buffers.count - buffers.num_leaving > self._capacity:
-            victim = self._victim(walk, urgent=True)
+            victim = walk.victim(urgent=True)
             if victim is not None:
                 buffers.transfer(victim, None)
             elif buffers.jobs:
@@ -456,9 +454,14 @@ class Pool:
         return iter(pages) if self._forward else reversed(pages)
 
     @property
-    def _capacity(self) -> int:
+    def _owned(self) -> int:
         """Pages the budget has room for. Once writing has failed, nothing can leave."""
         return len(self._pages) if self._buffers.failure else self._budget // self._page_bytes
+
+    @property
+    def _capacity(self) -> int:
+        """Those, and what is on loan."""
+        return self._owned + self._loan // self._page_bytes
 
     def _reserve(self, num_pages: int, budget: int) -> None:
         if num_pages > budget // self._page_bytes:

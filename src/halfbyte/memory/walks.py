@@ -72,19 +72,22 @@ class Walk:
 
     Attributes:
         stops: All of it.
+        pages: All pages, in the order of walks.
         order: Pages as they are needed; one may come again.
         at: The place in `order` of the page that arrived last.
         ahead: The first place in `order` that was not asked for.
         pinned: Pages at work, which must stay.
-        passed: Pages to give up, the first first; None before that is asked for.
+        repays: What is on loan is given back as it goes.
     """
 
     stops: Sequence[Stop]
+    pages: Sequence[Page]
+    repays: bool = False
     order: list[Page] = field(default_factory=list)
     at: int = -1
     ahead: int = 0
     pinned: tuple[Page, ...] = ()
-    passed: deque[Page] | None = None
+    _passed: deque[Page] | None = None
 
     def __post_init__(self) -> None:
         """Put the pages in order."""
@@ -92,6 +95,28 @@ class Walk:
         for stop in self.stops:
             self.order += [page for page in stop.pages if page not in before]
             before = stop.pages
+
+    @property
+    def passed(self) -> deque[Page]:
+        """Pages that are not needed any more, in the order to give them up."""
+        if self._passed is None:
+            asked = set(self.order)
+            self._passed = deque(page for page in reversed(self.pages) if page not in asked)
+        return self._passed
+
+    def victim(self, *, urgent: bool) -> Page | None:
+        """The page to give up: passed longest ago; if it must be, the one needed last."""
+        while self.passed:
+            page = self.passed.popleft()
+            if page.buffer is not None and page not in self.pinned:
+                return page
+        if urgent:
+            for place in range(len(self.order) - 1, self.at, -1):
+                page = self.order[place]
+                if page.buffer is not None and page not in self.pinned:
+                    self.ahead = min(self.ahead, place)
+                    return page
+        return None
 
     def last_uses(self) -> dict[Page, int]:
         """The number of the last stop at each page."""

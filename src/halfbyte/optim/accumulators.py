@@ -5,7 +5,7 @@ same roundings when a loss scale is taken out or the norm is clipped.
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -22,8 +22,13 @@ class Accumulator(Protocol):
         """Forget those of the last step. The losses to come are multiplied by `loss_scale`."""
         ...
 
-    def expect_step(self) -> None:
-        """The next backward pass is the last before a step."""
+    def expect_step(self, lend: Callable[[int], int] | None = None) -> None:
+        """The next backward pass is the last before a step.
+
+        Args:
+            lend: How many bytes that this pass has given up may be used until the step has been
+                taken, called with what has to be left of them for the gradients of one tensor.
+        """
         ...
 
     def finish(self, max_norm: float | None = None) -> Tensor:
@@ -49,7 +54,7 @@ class ResidentAccumulator:
         for param in self._params:
             param.grad = None
 
-    def expect_step(self) -> None:
+    def expect_step(self, lend: Callable[[int], int] | None = None) -> None:
         """Nothing to prepare."""
 
     def finish(self, max_norm: float | None = None) -> Tensor:
@@ -89,6 +94,9 @@ class PagedAccumulator:
         self._loss_scale = 1.0
         self._clipping: Tensor | None = None
         self._step_is_next = False
+        self._lend: Callable[[int], int] | None = None
+        self._to_come = 0  # bytes of gradients
+        self._largest = max((param.nbytes for param in self._items), default=0)
         leaves = leaves or {}
         this = weakref.ref(self)
         self._hooks = [
@@ -105,16 +113,19 @@ class PagedAccumulator:
         """Forget those of the last step; no page of them is written again."""
         self._loss_scale = loss_scale
         self._clipping = None
-        self._step_is_next = False
+        self._step_is_next, self._lend = False, None
         self._norms.clear()
         for param in self._items:
             param.grad = None
         self._pool.forget(set(self._items.values()))
+        self._pool.borrow(0)
 
-    def expect_step(self) -> None:
+    def expect_step(self, lend: Callable[[int], int] | None = None) -> None:
         """Fill what the backward pass leaves of the budget with what the step needs first."""
         self._step_is_next = True
-        self._pool.prefetch()
+        self._lend = lend
+        self._to_come = sum(param.nbytes for param in self._items)
+        self._pool.prefetch(leave=self._to_come)
 
     def take(self, param: Tensor) -> None:
         """Add `.grad` to the pages and free it.
@@ -131,6 +142,11 @@ class PagedAccumulator:
                 "a sparse gradient cannot be paged, a dense one expected",
                 hint="torch.optim.SparseAdam takes sparse gradients.",
             )
+        if self._step_is_next:
+            self._to_come -= param.nbytes
+            if self._lend is not None:
+                # A tensor that is used twice has two gradients for a while.
+                self._pool.borrow(self._lend(2 * self._largest))
         flat = gradient.contiguous().view(-1)
         first = param not in self._norms
         for chunk in self._pool.update(self._items[param]):
@@ -143,7 +159,7 @@ class PagedAccumulator:
         # Here the gradient is whole and in memory: its norm needs no pages later.
         self._norms[param] = torch.linalg.vector_norm(flat)
         if self._step_is_next:
-            self._pool.prefetch()
+            self._pool.prefetch(leave=self._to_come)
 
     def finish(self, max_norm: float | None = None) -> Tensor:
         """The norm; loss scale and clipping are applied page by page, by the step."""

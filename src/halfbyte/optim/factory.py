@@ -10,8 +10,7 @@ from typing import TypedDict
 from torch import Tensor
 
 from halfbyte.errors import UsageError
-from halfbyte.memory.layout import Item
-from halfbyte.memory.pool import PAGE_BYTES
+from halfbyte.memory.layout import PAGE_BYTES, Item
 from halfbyte.optim.optimizer import Params, StatefulOptimizer
 from halfbyte.optim.optimizers import SGD, AdamW, Lion
 from halfbyte.optim.paging import Paging

@@ -91,7 +91,7 @@ def compute_gradients(
             loss = batch_loss(decoder, batch, seed, recompute=recompute, grad_scale=factor)
             activations.release()  # the logits are gone: no room is kept for them from here on
             if index == len(batches) - 1:
-                accumulator.expect_step()
+                accumulator.expect_step(activations.GivenUp().lend)
             (loss * factor).backward()
             total += loss.item()
     norm = accumulator.finish(max_norm)

@@ -26,6 +26,11 @@ struct Block {
   int64_t bytes;
 };
 
+// Bytes in use, the most since `release`, kept, and ever taken from the system.
+struct Usage {
+  int64_t used, most, kept, fresh;
+};
+
 // To whole pages, whose size is the system's.
 int64_t round_up(int64_t bytes) {
   static const int64_t page = sysconf(_SC_PAGESIZE);
@@ -39,8 +44,7 @@ class Pool {
     const std::lock_guard lock(mutex_);
     least_ = least;
     beside_ = beside;
-    drop_to(0);
-    most_ = used_;
+    forget();
   }
 
   bool serves(int64_t bytes) const {
@@ -77,24 +81,32 @@ class Pool {
   // Gives back what is kept; from now on it counts what is in use at once anew.
   void release() {
     const std::lock_guard lock(mutex_);
-    drop_to(0);
-    most_ = used_;
+    forget();
   }
 
-  int64_t kept() {
+  // Leaves so much of the most to somebody else.
+  void lend(int64_t bytes) {
     const std::lock_guard lock(mutex_);
-    return kept_;
+    lent_ = bytes;
+    drop_to(room(used_));
   }
 
-  int64_t fresh() {
+  Usage usage() {
     const std::lock_guard lock(mutex_);
-    return fresh_;
+    return {used_, most_, kept_, fresh_};
   }
 
  private:
   // What may be kept beside so much in use.
   int64_t room(int64_t used) const {
-    return std::max(most_ - used - beside_, std::min(most_ - used, most_ / kAlways));
+    const int64_t left = most_ - lent_ - used;
+    return std::max({int64_t{0}, left - beside_, std::min(left, most_ / kAlways)});
+  }
+
+  void forget() {
+    drop_to(0);
+    most_ = used_;
+    lent_ = 0;
   }
 
   // Takes the idle block that is nearest in size; of equals the latest, whose contents are most
@@ -162,7 +174,7 @@ class Pool {
   std::mutex mutex_;
   std::atomic<int64_t> least_{0};
   std::deque<Block> idle_;
-  int64_t beside_ = 0, kept_ = 0, used_ = 0, most_ = 0, fresh_ = 0;  // bytes
+  int64_t beside_ = 0, lent_ = 0, kept_ = 0, used_ = 0, most_ = 0, fresh_ = 0;  // bytes
 };
 
 // Never destroyed: tensors may outlive everything else.
@@ -196,9 +208,17 @@ void reuse_activations(int64_t least, int64_t beside) {
 
 void release_activations() { pool().release(); }
 
-int64_t kept_activation_bytes() { return pool().kept(); }
+void lend_activations(int64_t bytes) {
+  Problems problems("halfbyte::lend_activations");
+  problems.expect(bytes >= 0, "bytes", "0, or a number of bytes", bytes);
+  problems.raise();
+  pool().lend(bytes);
+}
 
-int64_t fresh_activation_bytes() { return pool().fresh(); }
+std::vector<int64_t> activation_usage() {
+  const Usage usage = pool().usage();
+  return {usage.used, usage.most, usage.kept, usage.fresh};
+}
 
 }  // namespace
 
@@ -222,15 +242,15 @@ Tensor activation_like(const Tensor& like) {
 STABLE_TORCH_LIBRARY_FRAGMENT(halfbyte, m) {
   m.def("reuse_activations(int least, int beside) -> ()");
   m.def("release_activations() -> ()");
-  m.def("kept_activation_bytes() -> int");
-  m.def("fresh_activation_bytes() -> int");
+  m.def("lend_activations(int bytes) -> ()");
+  m.def("activation_usage() -> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(halfbyte, CompositeExplicitAutograd, m) {
   m.impl("reuse_activations", TORCH_BOX(&reuse_activations));
   m.impl("release_activations", TORCH_BOX(&release_activations));
-  m.impl("kept_activation_bytes", TORCH_BOX(&kept_activation_bytes));
-  m.impl("fresh_activation_bytes", TORCH_BOX(&fresh_activation_bytes));
+  m.impl("lend_activations", TORCH_BOX(&lend_activations));
+  m.impl("activation_usage", TORCH_BOX(&activation_usage));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(halfbyte, CPU, m) { m.impl("activation", TORCH_BOX(&activation)); }
