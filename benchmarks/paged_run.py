@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.data.batch import Batch
+from halfbyte.kernels import activations
 from halfbyte.layers.segments import pack
 from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.memory.stats import PoolStats
@@ -64,6 +66,11 @@ class Run:
     accumulator: Accumulator
     batch: Batch
     short: Batch
+    begun: bool = False
+
+    def reusing(self) -> AbstractContextManager[None]:
+        """In which steps are to be taken."""
+        return reusing_activations(self.model.parameters.values())
 
     def settle(self) -> None:
         """Take a step of one document: after it the pool is as after any step."""
@@ -76,8 +83,10 @@ class Run:
     def _take(self, batch: Batch) -> StepFigures:
         before, others = self.stats(), _others_seconds()
         begun = time.perf_counter()
-        with reusing_activations(self.model.parameters.values()):
-            compute_gradients(self.model.decoder, [batch], self.accumulator, max_norm=1.0)
+        compute_gradients(self.model.decoder, [batch], self.accumulator, max_norm=1.0)
+        if not self.begun or self.optimizer is None or self.optimizer.paged:
+            activations.release()
+        self.begun = True
         between = self.stats()
         update = time.perf_counter()
         if self.optimizer is not None:

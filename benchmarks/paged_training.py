@@ -2,28 +2,31 @@
 
     python -m benchmarks.paged_training MODEL_DIRECTORY [--budgets 2000 512 128 32]
 
-A run with the same optimizer, not paged, and one whose budget changes from step to step take turns
-in one process, so that other work on the machine hits both; a step is compared with the resident
-one just before it. Pairs during which others used the processor are left out. With `--json FILE`
-further rounds are added to those in the file. Beside that, the rate of the disk: pages read and
-written at once, by two threads, as the pool does it. What an update moves takes so long at least,
-whatever the arithmetic.
+A run with the same optimizer, not paged, and one whose budget changes from step to step take turns,
+each in a process of its own, so that other work on the machine hits both; a step is compared with
+the resident one just before it. Pairs during which others used the processor are left out. With
+`--json FILE` further rounds are added to those in the file. Beside that, the rate of the disk:
+pages read and written at once, by two threads, as the pool does it. What an update moves takes so
+long at least, whatever the arithmetic.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
 from benchmarks.paged_run import MB, StepFigures, open_run, run_arguments, save
 from halfbyte.memory.layout import PAGE_BYTES
+from halfbyte.memory.stats import PoolStats
 from halfbyte.memory.tiers import FileTier
 
 _DISK_PAGES = 128
@@ -92,20 +95,60 @@ def disk_rate(directory: Path) -> float:
     return 2 * _DISK_PAGES * PAGE_BYTES / seconds
 
 
+class Worker:
+    """A run in a process of its own, which takes a step when it is told to."""
+
+    def __init__(self, arguments: argparse.Namespace, name: str, fast_bytes: int | None) -> None:
+        """Open it; `name` and `fast_bytes` are the optimizer's."""
+        spawn = multiprocessing.get_context("spawn")
+        self._connection, far_end = spawn.Pipe()
+        self._process = spawn.Process(
+            target=_serve, args=(far_end, arguments, name, fast_bytes), daemon=True
+        )
+        self._process.start()
+
+    def settle(self, fast_bytes: int | None = None) -> PoolStats:
+        """Change the budget, take a short step, which fills or empties it, and say what is held."""
+        self._connection.send(("settle", fast_bytes))
+        stats: PoolStats = self._connection.recv()
+        return stats
+
+    def step(self) -> StepFigures:
+        """Take one."""
+        self._connection.send(("step", None))
+        figures: StepFigures = self._connection.recv()
+        return figures
+
+
+def _serve(
+    connection: Connection, arguments: argparse.Namespace, name: str, fast_bytes: int | None
+) -> None:
+    run = open_run(arguments, name, fast_bytes)
+    with run.reusing():
+        while True:
+            command, budget = connection.recv()
+            if command == "step":
+                connection.send(run.step())
+                continue
+            if budget is not None and run.optimizer is not None:
+                run.optimizer.set_fast_bytes(budget)
+            run.settle()
+            connection.send(run.stats())
+
+
 def measure(arguments: argparse.Namespace) -> None:
     """Steps in turn."""
     budgets = sorted(arguments.budgets, reverse=True)
-    resident = open_run(arguments, arguments.optimizer, None)
-    paged = open_run(arguments, f"paged_{arguments.optimizer}", budgets[0] * MB)
-    assert paged.optimizer is not None  # noqa: S101  (a name of one was given)
+    resident = Worker(arguments, arguments.optimizer, None)
+    paged = Worker(arguments, f"paged_{arguments.optimizer}", budgets[0] * MB)
     rates, pairs = _earlier(arguments.json)
     resident.settle()
-    paged.settle()
+    resident.step()  # keeps the memory of its activations from now on
+    held = paged.settle()
     for _ in range(arguments.rounds):
         rates.append(disk_rate(arguments.directory))
         for budget in budgets:
-            paged.optimizer.set_fast_bytes(budget * MB)
-            paged.settle()  # fills the budget, or empties it
+            held = paged.settle(budget * MB)
             pairs.append(Pair(budget, resident.step(), paged.step()))
             alone = "" if pairs[-1].alone else "left out: "
             print(f"{alone}{pairs[-1]}", file=sys.stderr)
@@ -119,10 +162,10 @@ def measure(arguments: argparse.Namespace) -> None:
                 save(arguments.json, record)
     rows = summarize(pairs, statistics.median(rates))
     rate = statistics.median(rates) / MB
-    print(f"disk, read and written at once: {rate:.0f} MB/s; {paged.stats().slow_tier}")
+    print(f"disk, read and written at once: {rate:.0f} MB/s; {held.slow_tier}")
     print_table(rows)
     if arguments.plot and rows:
-        draw(rows, paged.stats().total_bytes, arguments.plot)
+        draw(rows, held.total_bytes, arguments.plot)
 
 
 def summarize(pairs: Sequence[Pair], rate: float) -> list[BudgetRow]:

@@ -11,18 +11,21 @@ import torch
 
 from halfbyte.data.batch import Batch
 from halfbyte.errors import ConfigError, StorageError, UsageError
+from halfbyte.kernels import activations, backends
 from halfbyte.layers.segments import pack
 from halfbyte.memory.resident import PeakSampler
 from halfbyte.optim.factory import make_optimizer
 from halfbyte.optim.optimizer import StatefulOptimizer
+from halfbyte.optim.optimizers import AdamW
 from halfbyte.training import session as session_module
+from halfbyte.training import trainer as trainer_module
 from halfbyte.training.checkpoint import list_checkpoints
 from halfbyte.training.config import Config
 from halfbyte.training.methods import attach_trained, open_base
 from halfbyte.training.metrics import read_records
 from halfbyte.training.room import Room
 from halfbyte.training.run import resume, train
-from halfbyte.training.step import compute_gradients
+from halfbyte.training.step import compute_gradients, reusing_activations
 from halfbyte.training.trainer import Ending
 from training.test_resume import StopAt, results
 from training.tiny_run import make_config
@@ -107,7 +110,10 @@ def test_every_step_records_what_was_paged(tmp_path: Path) -> None:
 
 
 def test_micro_batches_of_256_to_8192_tokens_in_one_run(tmp_path: Path) -> None:
-    """Paged is unpaged while the budget follows what each micro-batch leaves."""
+    """Paged is unpaged while the budget follows what each micro-batch leaves.
+
+    Beyond it the pool borrows what backwards have given up, and repays that in every step.
+    """
     found = []
     for name, settings in (("adamw", {}), ("paged_adamw", {"fast_bytes": 10 * PAGE})):
         config = at(tmp_path, "run", *FULL)
@@ -117,7 +123,10 @@ def test_micro_batches_of_256_to_8192_tokens_in_one_run(tmp_path: Path) -> None:
         accumulator = optimizer.accumulator(model.stand_ins)
         generator = torch.Generator().manual_seed(0)
         losses = []
-        with PeakSampler(aside=lambda o=optimizer: o.resident_bytes) as sampler:  # type: ignore[misc]
+        with (
+            reusing_activations(parameters, least=PAGE),
+            PeakSampler(aside=lambda o=optimizer: o.resident_bytes) as sampler,  # type: ignore[misc]
+        ):
             room = Room(optimizer, sampler)
             for sizes in ([256, 1024], [8192], [256], [2048, 512, 4096]):
                 batches = [random_batch(size, generator) for size in sizes]
@@ -128,10 +137,14 @@ def test_micro_batches_of_256_to_8192_tokens_in_one_run(tmp_path: Path) -> None:
                     max_norm=1.0,
                     around=lambda batch, room=room: room.around(batch.num_tokens),  # type: ignore[misc]
                 )
+                activations.release()
                 optimizer.step()
+                assert optimizer.stats().resident_bytes <= optimizer.stats().fast_bytes
                 losses.append((gradients.loss, gradients.norm, gradients.num_tokens))
         state = [tensor.clone() for tensor in optimizer.state_tensors().values()]
         found.append((losses, parameters, state))
+    if backends.native_in_use():
+        assert optimizer.stats().peak_resident_bytes > 10 * PAGE
     (losses, parameters, state), (others, twins, paged_state) = found
     assert losses == others
     assert [tokens for _, _, tokens in losses] == [1280, 8192, 256, 6656]
@@ -243,3 +256,26 @@ def test_what_paging_needs_is_checked_before_anything_is_written(tmp_path: Path)
     with pytest.raises(UsageError, match="no directory"):
         train(config)
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.skipif(not backends.native_in_use(), reason="native kernels are absent")
+def test_nothing_is_kept_where_the_optimizer_makes_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step may be the longest: what it took must not stay beside the state."""
+    kept: list[int] = []
+    step = AdamW.step
+
+    def watched(self: AdamW) -> None:
+        kept.append(activations.usage().kept)
+        step(self)
+
+    monkeypatch.setattr(AdamW, "step", watched)
+    monkeypatch.setattr(
+        trainer_module,
+        "reusing_activations",
+        lambda p, least: reusing_activations(p, least=min(least, 4096)),
+    )
+    train(at(tmp_path, "run", *SETTINGS))
+    assert kept[0] == 0
+    assert all(later > 0 for later in kept[1:])

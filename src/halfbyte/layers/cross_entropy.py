@@ -192,7 +192,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         grad_x = activation(x_ND, x_ND.shape) if wants_x else None
-        grad_weight = torch.zeros(weight_VD.shape) if wants_weight else None
+        grad_weight = None
+        if wants_weight:
+            grad_weight = activation(x_ND, weight_VD.shape, torch.float32).zero_()
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         # One buffer for all chunks: fresh memory costs as much as the exponentials.
         shape = (min(chunk_rows, len(targets_N)), weight_VD.shape[0])

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.activations import activation
 from halfbyte.layers.weights import Weight, WeightRef, as_tensor
 
 
@@ -70,7 +71,8 @@ class _MoveGradient:
         if working.grad is None:
             return
         if self._master.grad is None:
-            self._master.grad = working.grad.float()
+            grad = activation(working.grad, working.grad.shape, torch.float32)
+            self._master.grad = grad.copy_(working.grad)
         else:
             self._master.grad.add_(working.grad)
         working.grad = None

@@ -37,22 +37,22 @@ class Gradients:
         return self.loss - self.loss == 0 and self.norm - self.norm == 0
 
 
-ARRIVING_BYTES = 12
-"""Of a trained parameter, what is not there yet at a peak: its gradient, and in the first step its
-optimizer state."""
-
-
 def reusing_activations(
     parameters: Iterable[Tensor], *, least: int = activations.LEAST_BYTES
 ) -> AbstractContextManager[None]:
-    """Keep the memory of activations for the next ones, beside what the parameters get in a step.
+    """Keep the memory of activations for the next ones, beside what else arrives in a step.
+
+    That is gradients of small parameters, which come from the heap, and the dense gradient of a
+    table of embeddings, which PyTorch makes. The first step of an optimizer also makes its state:
+    call `activations.release` before it.
 
     Args:
         parameters: That are trained.
         least: Bytes of an activation from which on its memory is used again.
     """
-    arriving = ARRIVING_BYTES * sum(parameter.numel() for parameter in parameters)
-    return activations.reusing(least=least, beside=arriving)
+    sizes = [4 * parameter.numel() for parameter in parameters]
+    small = sum(size for size in sizes if size < least)
+    return activations.reusing(least=least, beside=small + 2 * max(sizes, default=0))
 
 
 def compute_gradients(
