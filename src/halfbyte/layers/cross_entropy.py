@@ -16,7 +16,7 @@ from torch import Tensor
 
 from halfbyte.errors import UsageError
 from halfbyte.formats.checks import describe
-from halfbyte.kernels.activations import activation
+from halfbyte.kernels.activations import activation, release
 from halfbyte.kernels.cross_entropy import cross_entropy_
 from halfbyte.layers.autograd import Context, apply
 from halfbyte.layers.matmul import (
@@ -107,6 +107,7 @@ def linear_cross_entropy(
             rows,
         )
     finally:
+        release()  # the logits are gone: no room is kept for them from here on
         head.store.release(head.weight)
 
 

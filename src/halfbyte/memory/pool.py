@@ -238,14 +238,18 @@ class Pool:
         self._forward = not self._forward
         yield from self._visit(stops, change=True, spend=spend, repay=True)
 
-    def update(self, item: int) -> Iterator[Chunk]:
+    def update(self, item: int, *, replace: bool = False) -> Iterator[Chunk]:
         """Visit the parts of one item, to change them in place, out of turn.
+
+        Args:
+            item: Its number.
+            replace: All of it will be written, so nothing has to be there before.
 
         Raises:
             StorageError: As `walk`.
         """
         self.require_usable()
-        return self._visit(self._stops_alone(item), change=True)
+        return self._visit(self._stops_alone(item), change=True, replace=replace)
 
     def read(self, item: int) -> tuple[Tensor, ...]:
         """A copy of an item's fields, each flat.
@@ -273,7 +277,7 @@ class Pool:
             StorageError: As `walk`.
         """
         found = self._items[item]
-        for chunk in self.update(item):
+        for chunk in self.update(item, replace=True):
             for each, new, value in zip(found.fields, values, chunk.values, strict=True):
                 start = chunk.begin // each.elements
                 value.copy_(new.reshape(-1)[start : start + value.numel()])
@@ -300,13 +304,20 @@ class Pool:
     # A walk: `_arrive` at each page, leave it, look ahead in between.
 
     def _visit(
-        self, stops: Sequence[Stop], *, change: bool, spend: bool = False, repay: bool = False
+        self,
+        stops: Sequence[Stop],
+        *,
+        change: bool,
+        spend: bool = False,
+        repay: bool = False,
+        replace: bool = False,
     ) -> Iterator[Chunk]:
         if self._buffers.lost:
             raise self._buffers.lost
         with self._lock:
             self._buffers.reap()
-            self._walk = walk = Walk(stops, list(self._ordered(self._pages)), repays=repay)
+            pages = list(self._ordered(self._pages))
+            self._walk = walk = Walk(stops, pages, repays=repay, replaces=replace)
         last_uses = walk.last_uses()
         try:
             for number, stop in enumerate(stops):
@@ -350,7 +361,8 @@ class Pool:
         self._buffers.reap()
         waited = page.buffer is None and self._fetch(walk, page)
         if not page.filled:
-            page.ready.zero_()
+            if not walk.replaces or len(page.parts) > 1:
+                page.ready.zero_()
             page.filled = True
         self._buffers.note_arrival(page, waited=waited)
 

@@ -78,11 +78,13 @@ class Walk:
         ahead: The first place in `order` that was not asked for.
         pinned: Pages at work, which must stay.
         repays: What is on loan is given back as it goes.
+        replaces: All of what it visits is written, so nothing has to be there before.
     """
 
     stops: Sequence[Stop]
     pages: Sequence[Page]
     repays: bool = False
+    replaces: bool = False
     order: list[Page] = field(default_factory=list)
     at: int = -1
     ahead: int = 0

@@ -149,7 +149,7 @@ class PagedAccumulator:
                 self._pool.borrow(self._lend(2 * self._largest))
         flat = gradient.contiguous().view(-1)
         first = param not in self._norms
-        for chunk in self._pool.update(self._items[param]):
+        for chunk in self._pool.update(self._items[param], replace=first):
             part = flat[chunk.begin : chunk.end]
             (page,) = chunk.values
             # A sum with zero would lose the sign of a zero.

@@ -89,7 +89,6 @@ def compute_gradients(
         seed = None if dropout_seed is None else fold_seed(dropout_seed, index)
         with around(batch):
             loss = batch_loss(decoder, batch, seed, recompute=recompute, grad_scale=factor)
-            activations.release()  # the logits are gone: no room is kept for them from here on
             if index == len(batches) - 1:
                 accumulator.expect_step(activations.GivenUp().lend)
             (loss * factor).backward()
