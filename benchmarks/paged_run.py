@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from halfbyte.kernels import activations
 from halfbyte.layers.segments import pack
 from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.memory.stats import PoolStats
-from halfbyte.optim.accumulators import Accumulator
+from halfbyte.optim.accumulators import Accumulator, Lender
 from halfbyte.optim.factory import make_optimizer, weight_decay_groups
 from halfbyte.optim.optimizer import StatefulOptimizer
 from halfbyte.training.config_file import load_config
@@ -84,8 +84,8 @@ class Run:
         before, others = self.stats(), _others_seconds()
         begun = time.perf_counter()
         compute_gradients(self.model.decoder, [batch], self.accumulator, max_norm=1.0)
-        if not self.begun or self.optimizer is None or self.optimizer.paged:
-            activations.release()
+        if not self.begun:
+            activations.release()  # for the optimizer's state
         self.begun = True
         between = self.stats()
         update = time.perf_counter()
@@ -119,7 +119,7 @@ class Dropped:
     def begin(self, loss_scale: float = 1.0) -> None:
         """Nothing is held."""
 
-    def expect_step(self, lend: Callable[[int], int] | None = None) -> None:
+    def expect_step(self, lend: Lender | None = None) -> None:
         """None comes."""
 
     def finish(self, max_norm: float | None = None) -> Tensor:  # noqa: ARG002  (as all of them)

@@ -177,20 +177,21 @@ def test_what_a_backward_gives_up_may_be_used_by_others() -> None:
     held = [blocks(8) for _ in range(10)]
     activations.release()
     given_up = activations.GivenUp()
-    assert given_up.lend() == 0
+    assert given_up.lend(2**30) == 0
     rising = blocks(16)  # so much is needed within a layer
     del held[6:]
-    assert given_up.lend() == (80 - 64 - 16 // 4) * PAGE  # what rises is still there
+    assert given_up.lend(2**30) == (80 - 64 - 16 // 4) * PAGE  # what rises is still there
     del rising
-    assert given_up.lend(keep=3 * PAGE) == (32 - 16 // 4 - 3) * PAGE
+    assert given_up.lend(2**30, keep=3 * PAGE) == (32 - 16 // 4 - 3) * PAGE
     usage = activations.usage()
     assert (usage.used, usage.most) == (48 * PAGE, 96 * PAGE)
     assert usage.kept == 16 * PAGE  # whole blocks, of the 96 - 48 - 25 there is room for
+    assert given_up.lend(PAGE) == 25 * PAGE
     again = blocks(40)
-    assert given_up.lend() == 25 * PAGE  # as before: it was counted on for all that comes
+    assert given_up.lend(2**30) == 25 * PAGE  # as before: it was counted on for all that comes
     del again
     held.clear()
-    assert given_up.lend() == (80 - 16 // 4) * PAGE
+    assert given_up.lend(2**30) == (80 - 16 // 4) * PAGE
     assert activations.usage().kept <= (96 - 76) * PAGE
     activations.release()
     held = [blocks(8) for _ in range(3)]
@@ -200,7 +201,7 @@ def test_what_a_backward_gives_up_may_be_used_by_others() -> None:
 
 def test_nothing_is_lent_without_reuse() -> None:
     given_up = activations.GivenUp()
-    assert given_up.lend() == 0
+    assert given_up.lend(2**30) == 0
     with pytest.raises(RuntimeError, match="bytes: 0, or a number of bytes expected, found -1"):
         torch.ops.halfbyte.lend_activations(-1)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from halfbyte.errors import UnsupportedError
 from halfbyte.optim import AdamW, PagedAdamW
-from halfbyte.optim.accumulators import Accumulator, PagedAccumulator
+from halfbyte.optim.accumulators import Accumulator, Lender, PagedAccumulator
 from optim.problems import PAGE, Params, assert_same, parameters
 
 STEPS, MICRO_BATCHES = 4, 3
@@ -31,7 +31,7 @@ def train(
     loss_scale: float = 1.0,
     max_norm: float | None = 1.0,
     between: Callable[[int], None] = lambda _: None,
-    lend: Callable[[int], int] | None = None,
+    lend: Lender | None = None,
 ) -> list[Tensor]:
     """Take steps and return their norms."""
     accumulator = optimizer.accumulator()
@@ -49,7 +49,7 @@ def one_step(
     loss_scale: float,
     max_norm: float | None,
     between: Callable[[int], None],
-    lend: Callable[[int], int] | None = None,
+    lend: Lender | None = None,
 ) -> Tensor:
     accumulator.begin(loss_scale)
     for number in range(step * MICRO_BATCHES, (step + 1) * MICRO_BATCHES):
@@ -98,11 +98,11 @@ def test_what_backwards_give_up_spares_gradients_the_slow_tier(pages: int) -> No
     expected = parameters()
     oracle = AdamW(expected, lr=1e-2)
     norms = train(expected, oracle)
-    asked: list[int] = []
+    asked: list[tuple[int, int]] = []
 
-    def lend(keep: int) -> int:
-        asked.append(keep)
-        return 2**30
+    def lend(wanted: int, keep: int) -> int:
+        asked.append((wanted, keep))
+        return wanted
 
     params = parameters()
     optimizer = paged(params, 32, pages)
@@ -110,7 +110,10 @@ def test_what_backwards_give_up_spares_gradients_the_slow_tier(pages: int) -> No
     assert torch.equal(torch.stack(found), torch.stack(norms))
     assert_same(params, expected)
     assert_same_bits(optimizer, oracle)
-    assert asked == [2 * max(param.nbytes for param in params)] * (STEPS * len(params))
+    assert len(asked) == STEPS * len(params)
+    wanted, keep = asked[-1]
+    assert wanted >= optimizer.stats().total_bytes - pages * PAGE
+    assert keep == 2 * max(param.nbytes for param in params)
     assert optimizer.stats().resident_bytes <= pages * PAGE
     plain_params = parameters()
     plain = paged(plain_params, 32, pages)
@@ -119,13 +122,21 @@ def test_what_backwards_give_up_spares_gradients_the_slow_tier(pages: int) -> No
     assert optimizer.stats().paged_in_bytes < plain.stats().paged_in_bytes
 
 
+def test_nothing_is_borrowed_where_the_budget_holds_all() -> None:
+    def lend(wanted: int, keep: int) -> int:
+        raise AssertionError((wanted, keep))
+
+    params = parameters()
+    train(params, paged(params, 32, 1000), lend=lend)
+
+
 def test_a_step_that_is_not_taken_repays() -> None:
     pages = 3
     params = parameters()
     optimizer = paged(params, 32, pages)
     accumulator = optimizer.accumulator()
     accumulator.begin()
-    accumulator.expect_step(lambda _: 2**30)
+    accumulator.expect_step(lambda _, __: 2**30)
     loss_of(params, 0).backward()
     assert optimizer.stats().resident_bytes > pages * PAGE
     accumulator.begin()

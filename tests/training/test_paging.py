@@ -23,7 +23,7 @@ from halfbyte.training.checkpoint import list_checkpoints
 from halfbyte.training.config import Config
 from halfbyte.training.methods import attach_trained, open_base
 from halfbyte.training.metrics import read_records
-from halfbyte.training.room import Room
+from halfbyte.training.room import Room, set_aside
 from halfbyte.training.run import resume, train
 from halfbyte.training.step import compute_gradients, reusing_activations
 from halfbyte.training.trainer import Ending
@@ -125,7 +125,7 @@ def test_micro_batches_of_256_to_8192_tokens_in_one_run(tmp_path: Path) -> None:
         losses = []
         with (
             reusing_activations(parameters, least=PAGE),
-            PeakSampler(aside=lambda o=optimizer: o.resident_bytes) as sampler,  # type: ignore[misc]
+            PeakSampler(aside=partial(set_aside, optimizer)) as sampler,  # type: ignore[misc]
         ):
             room = Room(optimizer, sampler)
             for sizes in ([256, 1024], [8192], [256], [2048, 512, 4096]):

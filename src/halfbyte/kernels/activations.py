@@ -120,16 +120,18 @@ class GivenUp:
         self._begun = usage().used
         self._lent = 0
 
-    def lend(self, keep: int = 0) -> int:
-        """What may be used by others from here on; activations keep so much less.
+    def lend(self, wanted: int, keep: int = 0) -> int:
+        """What others may use from here on, in bytes; less of activations that are gone is kept.
 
         Args:
-            keep: Bytes of it that are needed for something else.
+            wanted: By others.
+            keep: Needed for something else.
         """
         now = usage()
         rise = max(now.most - self._begun, 0)
         given_up = self._begun - now.used - rise // _RISES_AGAIN - keep
-        if given_up > self._lent:  # what holds for all that comes holds for what comes later
-            self._lent = given_up
-            torch.ops.halfbyte.lend_activations(given_up)
+        lent = min(given_up, wanted)
+        if lent > self._lent:  # what holds for all that comes holds for what comes later
+            self._lent = lent
+            torch.ops.halfbyte.lend_activations(lent)
         return self._lent

@@ -93,6 +93,11 @@ class Pool:
         """Fast memory held at this moment."""
         return self._buffers.num_bytes
 
+    @property
+    def lacking_bytes(self) -> int:
+        """What the budget lacks to hold all pages."""
+        return max(len(self._pages) - self._owned, 0) * self._page_bytes
+
     def stats(self) -> PoolStats:
         """The counters, and what is held now."""
         return replace(

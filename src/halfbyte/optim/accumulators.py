@@ -14,6 +14,8 @@ from torch import Tensor
 from halfbyte.errors import UnsupportedError
 from halfbyte.memory.pool import Pool
 
+Lender = Callable[[int, int], int]
+
 
 class Accumulator(Protocol):
     """The gradients of one step, over all its micro-batches."""
@@ -22,12 +24,12 @@ class Accumulator(Protocol):
         """Forget those of the last step. The losses to come are multiplied by `loss_scale`."""
         ...
 
-    def expect_step(self, lend: Callable[[int], int] | None = None) -> None:
+    def expect_step(self, lend: Lender | None = None) -> None:
         """The next backward pass is the last before a step.
 
         Args:
             lend: How many bytes that this pass has given up may be used until the step has been
-                taken, called with what has to be left of them for the gradients of one tensor.
+                taken, of so many wanted, if so many are left for the gradients of one tensor.
         """
         ...
 
@@ -54,7 +56,7 @@ class ResidentAccumulator:
         for param in self._params:
             param.grad = None
 
-    def expect_step(self, lend: Callable[[int], int] | None = None) -> None:
+    def expect_step(self, lend: Lender | None = None) -> None:
         """Nothing to prepare."""
 
     def finish(self, max_norm: float | None = None) -> Tensor:
@@ -94,7 +96,7 @@ class PagedAccumulator:
         self._loss_scale = 1.0
         self._clipping: Tensor | None = None
         self._step_is_next = False
-        self._lend: Callable[[int], int] | None = None
+        self._lend: Lender | None = None
         self._to_come = 0  # bytes of gradients
         self._largest = max((param.nbytes for param in self._items), default=0)
         leaves = leaves or {}
@@ -120,7 +122,7 @@ class PagedAccumulator:
         self._pool.forget(set(self._items.values()))
         self._pool.borrow(0)
 
-    def expect_step(self, lend: Callable[[int], int] | None = None) -> None:
+    def expect_step(self, lend: Lender | None = None) -> None:
         """Fill what the backward pass leaves of the budget with what the step needs first."""
         self._step_is_next = True
         self._lend = lend
@@ -144,9 +146,9 @@ class PagedAccumulator:
             )
         if self._step_is_next:
             self._to_come -= param.nbytes
-            if self._lend is not None:
+            if self._lend is not None and (lacking := self._pool.lacking_bytes):
                 # A tensor that is used twice has two gradients for a while.
-                self._pool.borrow(self._lend(2 * self._largest))
+                self._pool.borrow(self._lend(lacking, 2 * self._largest))
         flat = gradient.contiguous().view(-1)
         first = param not in self._norms
         for chunk in self._pool.update(self._items[param], replace=first):

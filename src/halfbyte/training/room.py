@@ -1,14 +1,16 @@
 """The budget of a paged optimizer follows what micro-batches leave of the memory.
 
-What a micro-batch takes is measured, not predicted: private bytes while it runs, the pool's left
-out. One of as many tokens or fewer takes at most as much; a larger one at most in proportion, since
-part of it (gradients, chunks of logits) does not grow. Before the first nothing is known, so the
-pool gives way altogether; it is empty then.
+What a micro-batch takes is measured, not predicted: private bytes while it runs, but for those of
+the pool and those that activations have left for the next ones. One of as many tokens or fewer
+takes at most as much; a larger one at most in proportion, since part of it (gradients, chunks of
+logits) does not grow. Before the first nothing is known, so the pool gives way altogether; it is
+empty then.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from halfbyte.kernels.activations import usage
 from halfbyte.memory.resident import PeakSampler
 from halfbyte.optim.optimizer import StatefulOptimizer
 
@@ -16,11 +18,16 @@ _MARGIN = 1.1  # samples miss short peaks, and an allocator rounds up
 _EVERYTHING = 2**60
 
 
+def set_aside(optimizer: StatefulOptimizer) -> int:
+    """Bytes that a micro-batch does not take: the pool's, and what activations have left."""
+    return optimizer.resident_bytes + usage().kept
+
+
 class Room:
     """Makes room for micro-batches, of whatever size, in front of a paged optimizer."""
 
     def __init__(self, optimizer: StatefulOptimizer, sampler: PeakSampler) -> None:
-        """`sampler` sets aside what the optimizer's pool holds."""
+        """`sampler` leaves out what `set_aside` says."""
         self._optimizer = optimizer
         self._sampler = sampler
         self._seen: dict[int, int] = {}  # tokens -> the most bytes they took
@@ -35,7 +42,7 @@ class Room:
         if not self._optimizer.paged:
             yield
             return
-        self._optimizer.make_room(self.needed(num_tokens))
+        self._optimizer.make_room(max(self.needed(num_tokens) - usage().kept, 0))
         before = self._sampler.reset_besides()
         yield
         taken = self._sampler.peak_besides - before

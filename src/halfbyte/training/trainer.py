@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from typing import NoReturn
 
 from halfbyte.data.batch import Batch, evaluation_batches
@@ -22,7 +23,7 @@ from halfbyte.training.held_out import HeldOutScore, score_held_out
 from halfbyte.training.interruption import StopRequest
 from halfbyte.training.metrics import METRICS_FILE, RecordFile
 from halfbyte.training.progress import Observer
-from halfbyte.training.room import Room
+from halfbyte.training.room import Room, set_aside
 from halfbyte.training.samples import SAMPLES_FILE
 from halfbyte.training.session import Session
 from halfbyte.training.step import Gradients, compute_gradients, reusing_activations
@@ -106,7 +107,7 @@ class Trainer:
         parameters = self._session.model.parameters.values()
         with (
             reusing_activations(parameters, least=self._least_reused),
-            PeakSampler(aside=lambda: optimizer.resident_bytes) as sampler,
+            PeakSampler(aside=partial(set_aside, optimizer)) as sampler,
         ):
             room = Room(optimizer, sampler)
             try:
@@ -211,8 +212,6 @@ class Trainer:
             with room.around(batch.num_tokens):
                 yield
             trim_heap()
-            if session.optimizer.paged:
-                activations.release()  # what is free is the pool's
             if self._stop.pending:
                 raise _Stop
 
