@@ -142,13 +142,15 @@ def measure(arguments: argparse.Namespace) -> None:
     resident = Worker(arguments, arguments.optimizer, None)
     paged = Worker(arguments, f"paged_{arguments.optimizer}", budgets[0] * MB)
     rates, pairs = _earlier(arguments.json)
-    resident.settle()
-    resident.step()  # keeps the memory of its activations from now on
-    held = paged.settle()
+    resident.step()  # it keeps the memory of activations for the next
+    budget_before, held = None, paged.settle()
     for _ in range(arguments.rounds):
         rates.append(disk_rate(arguments.directory))
         for budget in budgets:
-            held = paged.settle(budget * MB)
+            if budget != budget_before:
+                held = paged.settle(budget * MB)
+                paged.step()
+                budget_before = budget
             pairs.append(Pair(budget, resident.step(), paged.step()))
             alone = "" if pairs[-1].alone else "left out: "
             print(f"{alone}{pairs[-1]}", file=sys.stderr)
