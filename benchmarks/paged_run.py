@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from halfbyte.data.batch import Batch
-from halfbyte.kernels import activations
 from halfbyte.layers.segments import pack
 from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.memory.stats import PoolStats
@@ -66,7 +65,6 @@ class Run:
     accumulator: Accumulator
     batch: Batch
     short: Batch
-    begun: bool = False
 
     def reusing(self) -> AbstractContextManager[None]:
         """In which steps are to be taken."""
@@ -84,9 +82,6 @@ class Run:
         before, others = self.stats(), _others_seconds()
         begun = time.perf_counter()
         compute_gradients(self.model.decoder, [batch], self.accumulator, max_norm=1.0)
-        if not self.begun:
-            activations.release()  # for the optimizer's state
-        self.begun = True
         between = self.stats()
         update = time.perf_counter()
         if self.optimizer is not None:

@@ -106,6 +106,7 @@ class Worker:
             target=_serve, args=(far_end, arguments, name, fast_bytes), daemon=True
         )
         self._process.start()
+        far_end.close()  # so that the end of the process is seen
 
     def settle(self, fast_bytes: int | None = None) -> PoolStats:
         """Change the budget, take a short step, which fills or empties it, and say what is held."""

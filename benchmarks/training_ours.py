@@ -11,7 +11,6 @@ from halfbyte.adapters.spec import LoraSpec
 from halfbyte.adapters.training import attach_new_adapter
 from halfbyte.data.batch import Batch
 from halfbyte.data.parse import NO_TARGET
-from halfbyte.kernels import activations
 from halfbyte.layers.segments import pack
 from halfbyte.memory.allocator import return_freed_memory
 from halfbyte.models.load import load_decoder
@@ -53,8 +52,6 @@ def main() -> None:
             batch = pack_documents(documents)
             begin = time.perf_counter()
             compute_gradients(decoder, [batch], accumulator, recompute=recompute)
-            if not steps:
-                activations.release()  # for the optimizer's state
             optimizer.step()
             steps.append([batch.num_targets, time.perf_counter() - begin])
     print(json.dumps(steps))

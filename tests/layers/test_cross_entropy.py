@@ -10,6 +10,7 @@ from torch.nn import functional
 
 import halfbyte as hb
 from halfbyte.errors import UsageError
+from halfbyte.kernels import activations, backends
 from halfbyte.kernels.cross_entropy import cross_entropy_
 from halfbyte.layers.cross_entropy import (
     Head,
@@ -178,3 +179,22 @@ def test_misfits_are_listed_together() -> None:
         linear_cross_entropy(normals(N, D + 1, seed=0), TARGETS[:5], head)
     with pytest.raises(UsageError, match="0 to 300 expected, found -100 to"):
         score_targets(normals(N, D, seed=0), TARGETS - TARGETS.min() - 100, head)
+
+
+@pytest.mark.skipif(not backends.native_in_use(), reason="native kernels are absent")
+def test_logits_are_not_kept_beyond_the_loss() -> None:
+    """Whoever watches the head's weight come back sees the memory that the backward begins with."""
+    kept: list[int] = []
+
+    class Watched(ResidentStore):
+        def release(self, ref: WeightRef) -> None:
+            kept.append(activations.usage().kept)
+            super().release(ref)
+
+    head = Head(WeightRef("w", (V, D)), Watched({"w": normals(V, D, seed=1)}))
+    x = normals(N, D, seed=0).requires_grad_()
+    with activations.reusing(least=4096):
+        before = activations.usage().fresh
+        linear_cross_entropy(x, TARGETS, head).backward()
+        assert activations.usage().fresh - before >= 4 * N * V
+    assert kept == [0]

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +13,12 @@ from halfbyte.data.batch import Batch
 from halfbyte.errors import ConfigError, StorageError, UsageError
 from halfbyte.kernels import activations, backends
 from halfbyte.layers.segments import pack
+from halfbyte.memory.layout import Item
 from halfbyte.memory.resident import PeakSampler
 from halfbyte.optim.factory import make_optimizer
 from halfbyte.optim.optimizer import StatefulOptimizer
 from halfbyte.optim.optimizers import AdamW
+from halfbyte.optim.stores import ResidentStore
 from halfbyte.training import session as session_module
 from halfbyte.training import trainer as trainer_module
 from halfbyte.training.checkpoint import list_checkpoints
@@ -125,7 +127,7 @@ def test_micro_batches_of_256_to_8192_tokens_in_one_run(tmp_path: Path) -> None:
         losses = []
         with (
             reusing_activations(parameters, least=PAGE),
-            PeakSampler(aside=partial(set_aside, optimizer)) as sampler,  # type: ignore[misc]
+            PeakSampler(aside=partial(set_aside, optimizer)) as sampler,
         ):
             room = Room(optimizer, sampler)
             for sizes in ([256, 1024], [8192], [256], [2048, 512, 4096]):
@@ -137,7 +139,6 @@ def test_micro_batches_of_256_to_8192_tokens_in_one_run(tmp_path: Path) -> None:
                     max_norm=1.0,
                     around=lambda batch, room=room: room.around(batch.num_tokens),  # type: ignore[misc]
                 )
-                activations.release()
                 optimizer.step()
                 assert optimizer.stats().resident_bytes <= optimizer.stats().fast_bytes
                 losses.append((gradients.loss, gradients.norm, gradients.num_tokens))
@@ -263,19 +264,26 @@ def test_nothing_is_kept_where_the_optimizer_makes_its_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first step may be the longest: what it took must not stay beside the state."""
-    kept: list[int] = []
-    step = AdamW.step
+    beside_state: list[int] = []
+    between: list[int] = []
+    add, step = ResidentStore.add, AdamW.step
 
-    def watched(self: AdamW) -> None:
-        kept.append(activations.usage().kept)
+    def watched_add(self: ResidentStore, items: Sequence[Item]) -> range:
+        beside_state.append(activations.usage().kept)
+        return add(self, items)
+
+    def watched_step(self: AdamW) -> None:
+        between.append(activations.usage().kept)
         step(self)
 
-    monkeypatch.setattr(AdamW, "step", watched)
+    monkeypatch.setattr(ResidentStore, "add", watched_add)
+    monkeypatch.setattr(AdamW, "step", watched_step)
     monkeypatch.setattr(
         trainer_module,
         "reusing_activations",
         lambda p, least: reusing_activations(p, least=min(least, 4096)),
     )
     train(at(tmp_path, "run", *SETTINGS))
-    assert kept[0] == 0
-    assert all(later > 0 for later in kept[1:])
+    assert beside_state == [0]
+    assert len(between) > 1
+    assert all(kept > 0 for kept in between)

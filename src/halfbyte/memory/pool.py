@@ -208,11 +208,11 @@ class Pool:
             leave: Bytes of the budget for what will be changed before.
         """
         buffers = self._buffers
-        capacity = self._capacity - -(-leave // self._page_bytes)
         with self._lock:
             if self._walk is not None or buffers.failure or buffers.lost:
                 return
             buffers.reap()
+            capacity = self._capacity - -(-leave // self._page_bytes)
             for page in self._ordered(self._pages):
                 if len(buffers.jobs) >= _IN_FLIGHT or buffers.count >= capacity:
                     break

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from halfbyte.errors import FormatError, StorageError, UnsupportedError, UsageError
 from halfbyte.formats.checks import FLOAT_DTYPES, describe
+from halfbyte.kernels import activations
 from halfbyte.memory.layout import Field, Item
 from halfbyte.memory.pool import Pool
 from halfbyte.memory.stats import PoolStats
@@ -391,6 +392,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """Make room for the state of parameters that have none."""
         if not params:
             return
+        activations.release()  # state comes to stay, and nothing is kept beside it
         names = {param: name for name, param in self._named()}
         formats = [self._format(param) for param in params]
         items = [

@@ -43,8 +43,8 @@ def reusing_activations(
     """Keep the memory of activations for the next ones, beside what else arrives in a step.
 
     That is gradients of small parameters, which come from the heap, and the dense gradient of a
-    table of embeddings, which PyTorch makes. The first step of an optimizer also makes its state:
-    call `activations.release` before it.
+    table of embeddings, which PyTorch makes. Our optimizers let go of what is kept before they make
+    state.
 
     Args:
         parameters: That are trained.

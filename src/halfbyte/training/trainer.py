@@ -90,7 +90,6 @@ class Trainer:
         self._saved_step = session.counters.step or None
         self._last_score: HeldOutScore | None = None
         self._failure = ""
-        self._first = True
 
     def run(self) -> Outcome:
         """Train.
@@ -177,9 +176,6 @@ class Trainer:
         if gradients.finite:
             for group in session.optimizer.param_groups:
                 group["lr"] = rate
-            if self._first:
-                activations.release()  # for the optimizer's state
-                self._first = False
             session.optimizer.step()
             session.model.refresh()
             session.loss_scale.succeed()
