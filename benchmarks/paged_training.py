@@ -247,7 +247,7 @@ def draw(rows: Sequence[BudgetRow], total: int, picture: Path) -> None:
     axes.set_xlabel(f"budget in MB, of {total / MB:,.0f} MB of state and gradients")
     axes.set_ylabel("% longer than resident")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(picture, dpi=100)
 
 
