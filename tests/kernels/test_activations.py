@@ -1,6 +1,7 @@
 """Blocks of activations: what is kept, when it goes, and that no peak grows by it."""
 
 import mmap
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -88,15 +89,65 @@ def test_results_of_operators_come_from_kept_memory(make: Callable[[], object]) 
 
 
 @pytest.mark.usefixtures("reuse")
-@pytest.mark.parametrize(("pages", "fresh"), [(80, 0), (72, 0), (88, 8), (60, 60), (100, 100)])
-def test_a_block_becomes_one_of_about_its_size(pages: int, fresh: int) -> None:
-    held = blocks(80).fill_(7.0)
-    other = blocks(200)  # keeps the most that was in use high enough
-    del held, other
+def test_a_block_is_cut_up_and_put_together_again() -> None:
+    whole = blocks(80).fill_(7.0)
+    place = whole.data_ptr()
+    del whole
+    fresh = activations.usage().fresh
+    pieces = [blocks(pages).fill_(pages) for pages in (5, 8, 20, 47)]
+    places = sorted((piece.data_ptr() - place) // PAGE for piece in pieces)
+    assert places == [0, 5, 13, 33]
+    assert [int(piece.min()) for piece in pieces] == [5, 8, 20, 47]
+    assert activations.usage().kept == 0
+    kept = pieces.pop(0)
+    pieces.clear()
+    rest = blocks(75).fill_(1.0)
+    assert rest.data_ptr() == place + 5 * PAGE
+    assert torch.all(kept == 5)
+    del rest, kept
+    assert blocks(80).fill_(2.0).data_ptr() == place
+    assert activations.usage().fresh == fresh
+
+
+@pytest.mark.usefixtures("reuse")
+def test_the_block_nearest_in_size_is_taken() -> None:
+    held = {pages: blocks(pages) for pages in (40, 36, 33, 31)}
+    places = {pages: block.data_ptr() for pages, block in held.items()}
+    held.clear()
+    assert blocks(32).data_ptr() == places[33]
+    assert blocks(36).data_ptr() == places[36]
+
+
+@pytest.mark.usefixtures("reuse")
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are moved on Linux")
+@pytest.mark.parametrize(("pages", "fresh"), [(80, 0), (100, 0), (160, 0), (200, 40)])
+def test_a_block_is_put_together_of_scattered_ones(pages: int, fresh: int) -> None:
+    held = [blocks(40).fill_(number) for number in range(8)]
+    del held[::2]
     before = activations.usage().fresh
-    made = blocks(pages)
+    made = blocks(pages).fill_(9.0)
+    usage = activations.usage()
+    assert usage.fresh - before == fresh * PAGE
+    assert (usage.used, usage.kept) == ((160 + pages) * PAGE, (160 + fresh - pages) * PAGE)
+    assert [float(block.max()) for block in held] == [1.0, 3.0, 5.0, 7.0]
+    # What was moved is cut up and moved once more.
+    del made
+    pieces = [blocks(20).fill_(number) for number in range(pages // 20)]
+    del pieces[::2]
+    blocks(40).fill_(8.0)
     assert activations.usage().fresh - before == fresh * PAGE
-    made.fill_(1.0)
+    assert [float(piece.min()) for piece in pieces] == [float(n) for n in range(1, pages // 20, 2)]
+
+
+@pytest.mark.usefixtures("reuse")
+def test_what_is_not_kept_is_fresh_and_small_pieces_go_for_it() -> None:
+    held = [blocks(10) for _ in range(8)]
+    del held[::2]
+    before = activations.usage().fresh
+    made = blocks(50).fill_(1.0)
+    usage = activations.usage()
+    assert usage.fresh - before == 50 * PAGE
+    assert (usage.used, usage.kept) == (90 * PAGE, 0)
     assert torch.all(made == 1.0)
 
 
@@ -105,12 +156,14 @@ def test_in_use_and_kept_never_exceed_the_most_in_use() -> None:
     generator = torch.Generator().manual_seed(0)
     held: list[tuple[int, Tensor]] = []
     most = 0
-    for _ in range(2000):
+    for number in range(2000):
         if held and torch.rand(1, generator=generator) < 0.5:
-            held.pop(int(torch.randint(len(held), (1,), generator=generator)))
+            pages, block = held.pop(int(torch.randint(len(held), (1,), generator=generator)))
+            assert block.min() == block.max()  # nobody else wrote there
+            del block
         else:
             pages = int(torch.randint(1, 60, (1,), generator=generator))
-            held.append((pages, blocks(pages)))
+            held.append((pages, blocks(pages).fill_(number)))
         used = sum(pages for pages, _ in held) * PAGE
         most = max(most, used)
         assert activations.usage().kept + used <= most
@@ -184,26 +237,78 @@ def test_what_a_backward_gives_up_may_be_used_by_others() -> None:
     del rising
     assert given_up.lend(2**30, keep=3 * PAGE) == (32 - 16 // 4 - 3) * PAGE
     usage = activations.usage()
-    assert (usage.used, usage.most) == (48 * PAGE, 96 * PAGE)
-    assert usage.kept == 16 * PAGE  # whole blocks, of the 96 - 48 - 25 there is room for
+    assert (usage.used, usage.most, usage.kept) == (48 * PAGE, 96 * PAGE, 48 * PAGE)
     assert given_up.lend(PAGE) == 25 * PAGE
     again = blocks(40)
     assert given_up.lend(2**30) == 25 * PAGE  # as before: it was counted on for all that comes
     del again
     held.clear()
     assert given_up.lend(2**30) == (80 - 16 // 4) * PAGE
-    assert activations.usage().kept <= (96 - 76) * PAGE
+
+
+@pytest.mark.usefixtures("reuse")
+def test_others_get_kept_memory_and_leave_it_to_activations() -> None:
+    held = [blocks(8) for _ in range(10)]
     activations.release()
-    held = [blocks(8) for _ in range(3)]
+    given_up = activations.GivenUp()
     held.clear()
-    assert activations.usage().kept == 24 * PAGE  # the loan is over
+    assert given_up.lend(2**30) == 80 * PAGE
+    fresh = activations.usage().fresh
+    borrowed = [activations.lent_buffer(16 * PAGE).fill_(number) for number in range(3)]
+    assert all(buffer.data_ptr() % PAGE == 0 for buffer in borrowed)
+    usage = activations.usage()
+    assert (usage.used, usage.kept, usage.out) == (0, 32 * PAGE, 48 * PAGE)
+    held = [blocks(8) for _ in range(4)]
+    assert activations.usage().kept == 0
+    own = activations.lent_buffer(40 * PAGE)  # more than is lent: not at the cost of activations
+    assert activations.usage().out == 48 * PAGE
+    assert activations.usage().fresh - fresh == 40 * PAGE
+    assert [int(buffer.max()) for buffer in borrowed] == [0, 1, 2]
+    borrowed.clear()
+    assert activations.usage().out == 0
+    del own
+    usage = activations.usage()
+    assert usage.kept == 48 * PAGE  # of the 80 there were, for 32 are in use
+    held.clear()
+    assert activations.usage().kept == 80 * PAGE
+
+
+@pytest.mark.usefixtures("reuse")
+def test_a_loan_ends_with_release_and_what_is_out_still_counts() -> None:
+    held = [blocks(8) for _ in range(10)]
+    activations.release()
+    given_up = activations.GivenUp()
+    held.clear()
+    given_up.lend(2**30)
+    borrowed = activations.lent_buffer(30 * PAGE)
+    activations.release()
+    assert activations.usage().out == 30 * PAGE
+    other = activations.lent_buffer(8 * PAGE)
+    assert activations.usage().out == 30 * PAGE
+    held = [blocks(8) for _ in range(10)]
+    held.clear()
+    assert activations.usage().kept == (80 - 30) * PAGE
+    del borrowed, other
+    usage = activations.usage()
+    assert (usage.kept, usage.out) == (80 * PAGE, 0)
 
 
 def test_nothing_is_lent_without_reuse() -> None:
     given_up = activations.GivenUp()
     assert given_up.lend(2**30) == 0
+    assert activations.lent_buffer(PAGE).fill_(1).sum() == PAGE
+    usage = activations.usage()
+    assert (usage.kept, usage.out) == (0, 0)
+
+
+def test_senseless_loans_are_refused() -> None:
     with pytest.raises(RuntimeError, match="bytes: 0, or a number of bytes expected, found -1"):
         torch.ops.halfbyte.lend_activations(-1)
+    with pytest.raises(RuntimeError, match="bytes: a number of bytes expected, found 0"):
+        torch.ops.halfbyte.lent_buffer(0)
+    with pytest.raises(RuntimeError, match="cannot allocate memory"):
+        activations.lent_buffer(2**60)
+    assert activations.usage().out == 0
 
 
 @pytest.mark.parametrize(("least", "beside"), [(-1, 0), (PAGE, -1)])
@@ -253,5 +358,5 @@ def test_steps_have_the_same_bits_and_little_fresh_memory(tmp_path: Path, recomp
         assert torch.equal(one, other)
     # What was not in use when the most was had to leave then, and is fresh each time: logits here.
     first, second, third = found[2]
-    assert second == third < first
-    assert third < churned / 2
+    assert max(second, third) < first
+    assert max(second, third) < churned / 2

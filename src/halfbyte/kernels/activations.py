@@ -9,6 +9,7 @@ Semantics:
     activation(like, shape, dtype)   an uninitialized tensor on the device of `like`
 """
 
+import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,12 +95,14 @@ class Usage:
         most: In use at once, at most, since `release`.
         kept: Not in use, and kept.
         fresh: That came from the system because no kept block fitted, since the process began.
+        out: Of what is lent, how much is in others' hands.
     """
 
     used: int = 0
     most: int = 0
     kept: int = 0
     fresh: int = 0
+    out: int = 0
 
 
 def usage() -> Usage:
@@ -107,12 +110,25 @@ def usage() -> Usage:
     return Usage(*torch.ops.halfbyte.activation_usage()) if backends.native_in_use() else Usage()
 
 
+def lent_buffer(num_bytes: int) -> Tensor:
+    """Memory for others than activations, uint8 `[num_bytes]`, uninitialized, at a page's start.
+
+    Out of what is kept, if some of that fits. Whether it is within a loan (`GivenUp`) or not, it is
+    offered to activations when it is gone.
+    """
+    if backends.native_in_use():
+        made: Tensor = torch.ops.halfbyte.lent_buffer(num_bytes)
+        return made
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+
+
 class GivenUp:
     """What a backward pass has given up of the activations that it began with.
 
-    Somebody else may use that much until the next forward pass: together with activations it stays
-    within the most that they took. Activations also rise in between, within a layer or where one is
-    computed again; how much is seen at the layers passed so far, and left to those to come.
+    Somebody else may use that much until the next forward pass, as `lent_buffer`s: together with
+    activations it stays within the most that they took. Activations also rise in between, within
+    a layer or where one is computed again; how much is seen at the layers passed so far, and left
+    to those to come.
     """
 
     def __init__(self) -> None:
@@ -121,7 +137,7 @@ class GivenUp:
         self._lent = 0
 
     def lend(self, wanted: int, keep: int = 0) -> int:
-        """What others may use from here on, in bytes; less of activations that are gone is kept.
+        """What others may use from here on, in bytes; what they take is not kept for activations.
 
         Args:
             wanted: By others.

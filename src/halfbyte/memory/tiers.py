@@ -17,6 +17,7 @@ import errno
 import mmap
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -82,13 +83,21 @@ class FileTier:
         UsageError: The directory does not exist, or is itself in RAM.
     """
 
-    def __init__(self, directory: Path | None = None, *, direct: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        direct: bool = True,
+        allocate: Callable[[int], Tensor] | None = None,
+    ) -> None:
         """Choose where the file will be; it is made when first needed.
 
         Args:
             directory: On a disk. By default TMPDIR, else /var/tmp.
             direct: Use O_DIRECT if the filesystem can.
+            allocate: Makes the buffers, whose addresses have to be multiples of `BLOCK`.
         """
+        self._allocate = allocate or _anonymous
         self._directory = on_disk(directory or Path(os.environ.get("TMPDIR") or "/var/tmp"))  # noqa: S108
         self._direct = direct
         self._descriptor: int | None = None
@@ -96,8 +105,8 @@ class FileTier:
         self._last_written = (0, 0)
 
     def buffer(self, num_bytes: int) -> Tensor:
-        """Anonymous memory: aligned, zero, and returned to the system with the last reference."""
-        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+        """Memory as `allocate` makes it; by default anonymous, gone with the last reference."""
+        return self._allocate(num_bytes)
 
     def free_bytes(self) -> int:
         """What the machine and all limits on this process leave."""
@@ -185,6 +194,10 @@ class FileTier:
     def _drop(self, position: int, length: int) -> None:
         if length:
             os.posix_fadvise(self._file, position, length, os.POSIX_FADV_DONTNEED)
+
+
+def _anonymous(num_bytes: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
 
 
 def on_disk(directory: Path) -> Path:

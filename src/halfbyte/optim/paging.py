@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.errors import UnsupportedError
+from halfbyte.kernels.activations import lent_buffer
 from halfbyte.memory.device import CudaStreams, PinnedHostTier
 from halfbyte.memory.pool import Pool
 from halfbyte.memory.tiers import FileTier, Tier
@@ -35,7 +36,7 @@ class Paging:
         """
         tier: Tier
         if device.type == "cpu":
-            tier = FileTier(self.directory)
+            tier = FileTier(self.directory, allocate=lent_buffer)
         elif device.type == "cuda":
             tier = PinnedHostTier(CudaStreams(device))
         else:

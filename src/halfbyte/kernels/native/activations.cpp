@@ -8,8 +8,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <deque>
+#include <limits>
+#include <map>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -18,17 +20,19 @@
 namespace halfbyte {
 namespace {
 
-constexpr int64_t kSlack = 8;    // a block becomes one that differs by up to an eighth
-constexpr int64_t kAlways = 32;  // a 32nd of the most may be kept whatever else arrives
+constexpr int64_t kSlack = 8;               // a block becomes one that differs by up to an eighth
+constexpr int64_t kAlways = 32;             // a 32nd of the most may be kept whatever else arrives
+constexpr int64_t kLeastPiece = 64 * 1024;  // bytes; below that moving is not worth a mapping
+constexpr size_t kMostSeams = 16384;        // a quarter of the mappings Linux allows a process
 
 struct Block {
-  void* data;
+  char* data;
   int64_t bytes;
 };
 
-// Bytes in use, the most since `release`, kept, and ever taken from the system.
+// Bytes in use, the most since `release`, kept, ever taken from the system, and out on loan.
 struct Usage {
-  int64_t used, most, kept, fresh;
+  int64_t used, most, kept, fresh, out;
 };
 
 // To whole pages, whose size is the system's.
@@ -55,27 +59,43 @@ class Pool {
   Block take(int64_t tensor_bytes) {
     const std::lock_guard lock(mutex_);
     const int64_t bytes = round_up(tensor_bytes);
-    const Block old = take_similar(bytes);
-    // Room for what is new of it, before it is there.
     const int64_t most = most_;
     most_ = std::max(most_, used_ + bytes);
-    drop_to(room(used_ + bytes));
-    void* data = old.data == nullptr ? map(bytes) : resize(old, bytes);
-    if (data == MAP_FAILED) {
-      most_ = most;
-      throw std::runtime_error("halfbyte: cannot allocate memory for an activation of " +
-                               std::to_string(bytes) + " bytes");
-    }
     used_ += bytes;
-    return {data, bytes};
+    try {
+      return find(bytes);
+    } catch (...) {
+      used_ -= bytes;
+      most_ = most;
+      throw;
+    }
   }
 
   void give_back(Block block) {
     const std::lock_guard lock(mutex_);
     used_ -= block.bytes;
-    idle_.push_back(block);
-    kept_ += block.bytes;
-    drop_to(least_.load(std::memory_order_relaxed) > 0 ? room(used_) : 0);
+    keep(block);
+  }
+
+  // For somebody else; `counts` tells whether it is within what is lent.
+  Block take_lent(int64_t lent_bytes, bool& counts) {
+    const std::lock_guard lock(mutex_);
+    const int64_t bytes = round_up(lent_bytes);
+    counts = out_ + bytes <= lent_;
+    const int64_t counted = counts ? bytes : 0;
+    out_ += counted;
+    try {
+      return find(bytes);
+    } catch (...) {
+      out_ -= counted;
+      throw;
+    }
+  }
+
+  void give_back_lent(Block block, bool counts) {
+    const std::lock_guard lock(mutex_);
+    if (counts) out_ -= block.bytes;
+    keep(block);
   }
 
   // Gives back what is kept; from now on it counts what is in use at once anew.
@@ -88,93 +108,182 @@ class Pool {
   void lend(int64_t bytes) {
     const std::lock_guard lock(mutex_);
     lent_ = bytes;
-    drop_to(room(used_));
   }
 
   Usage usage() {
     const std::lock_guard lock(mutex_);
-    return {used_, most_, kept_, fresh_};
+    return {used_, most_, kept_, fresh_, out_};
   }
 
  private:
-  // What may be kept beside so much in use.
-  int64_t room(int64_t used) const {
-    const int64_t left = most_ - lent_ - used;
+  struct Idle {
+    int64_t bytes;
+    int64_t age;  // the larger, the later it was given back
+  };
+  using Place = std::map<char*, Idle>::iterator;
+  struct Row {  // of idle blocks side by side
+    Place first;
+    int64_t bytes;
+  };
+
+  // What may be kept.
+  int64_t room() const {
+    if (least_.load(std::memory_order_relaxed) == 0) return 0;
+    const int64_t left = most_ - out_ - used_;
     return std::max({int64_t{0}, left - beside_, std::min(left, most_ / kAlways)});
   }
 
   void forget() {
-    drop_to(0);
     most_ = used_;
     lent_ = 0;
+    drop_to(0);
   }
 
-  // Takes the idle block that is nearest in size; of equals the latest, whose contents are most
-  // likely in cache. Null if none is near.
-  Block take_similar(int64_t bytes) {
-    auto best = idle_.end();
-    const auto distance = [bytes](const Block& block) { return std::abs(block.bytes - bytes); };
-    for (auto it = idle_.begin(); it != idle_.end(); ++it) {
-      const bool near = distance(*it) <= bytes / kSlack;
-      if (near && (best == idle_.end() || distance(*it) <= distance(*best))) best = it;
+  void keep(Block block) {
+    idle_[block.data] = {block.bytes, ++age_};
+    kept_ += block.bytes;
+    drop_to(room());
+  }
+
+  // The shortest rows go first, which fit the fewest: of the last one as much as has to.
+  void drop_to(int64_t bytes) {
+    while (kept_ > bytes) {
+      const Row row = shortest_row(1);
+      unmap(cut(row.first, std::min(row.bytes, round_up(kept_ - bytes))));
     }
-    if (best == idle_.end()) return {nullptr, 0};
-    const Block block = *best;
-    idle_.erase(best);
-    kept_ -= block.bytes;
+  }
+
+  // A block for what was counted already; what is fresh of it takes the place of what is kept.
+  Block find(int64_t bytes) {
+    Block block = cut(similar(bytes), bytes);
+    if (block.data == nullptr) block = cut(shortest_row(bytes).first, bytes);
+    if (block.data == nullptr) block = put_together(bytes);
+    drop_to(room());
     return block;
   }
 
-  // The oldest go first.
-  void drop_to(int64_t bytes) {
-    while (kept_ > bytes) {
-      const Block block = idle_.front();
-      idle_.pop_front();
-      munmap(block.data, static_cast<size_t>(block.bytes));
-      kept_ -= block.bytes;
+  // The idle block that is as large or a little larger; of equals the latest, whose contents are
+  // most likely in cache.
+  Place similar(int64_t bytes) {
+    Place best = idle_.end();
+    for (Place it = idle_.begin(); it != idle_.end(); ++it) {
+      const Idle& idle = it->second;
+      if (idle.bytes < bytes || idle.bytes > bytes + bytes / kSlack) continue;
+      const bool better = best == idle_.end() || idle.bytes < best->second.bytes ||
+                          (idle.bytes == best->second.bytes && idle.age > best->second.age);
+      if (better) best = it;
+    }
+    return best;
+  }
+
+  // The shortest row of so many bytes or more; without bytes if there is none.
+  Row shortest_row(int64_t bytes) {
+    Row best{idle_.end(), 0}, row{idle_.end(), 0};
+    char* end = nullptr;
+    for (Place it = idle_.begin();; ++it) {
+      if (it == idle_.end() || it->first != end) {
+        if (row.bytes >= bytes && (best.bytes == 0 || row.bytes < best.bytes)) best = row;
+        if (it == idle_.end()) return best;
+        row = {it, 0};
+      }
+      row.bytes += it->second.bytes;
+      end = it->first + it->second.bytes;
     }
   }
 
-  // MAP_FAILED where there is no memory, whatever is given back for it.
-  void* map(int64_t bytes) {
+  // Makes a block of idle ones from here on; what is too much of the last stays idle.
+  Block cut(Place first, int64_t bytes) {
+    if (first == idle_.end()) return {nullptr, 0};
+    const Block block{first->first, bytes};
+    int64_t missing = bytes;
+    for (Place it = first; missing > 0;) {
+      const Idle idle = it->second;
+      char* const data = it->first;
+      it = idle_.erase(it);
+      if (idle.bytes > missing) idle_[data + missing] = {idle.bytes - missing, idle.age};
+      missing -= std::min(missing, idle.bytes);
+    }
+    kept_ -= bytes;
+    return block;
+  }
+
+  // Of what is kept, moved to one place, and the rest fresh. Linux moves pages by their addresses;
+  // elsewhere all is fresh.
+  Block put_together(int64_t bytes) {
+    const Block block{map(bytes), bytes};
+    int64_t filled = 0;
+#if defined(__linux__)
+    while (bytes - filled >= kLeastPiece && kept_ > 0 && seams_.size() < kMostSeams) {
+      const Row row = shortest_row(1);
+      const int64_t movable = std::min(row.bytes, to_seam(row.first->first));
+      const Block piece = cut(row.first, std::min(movable, bytes - filled));
+      if (movable < kLeastPiece) {
+        unmap(piece);
+      } else {
+        move(piece, block.data + filled);
+        filled += piece.bytes;
+      }
+    }
+#endif
+    fresh_ += bytes - filled;
+    return block;
+  }
+
+#if defined(__linux__)
+  int64_t to_seam(char* place) const {
+    const auto seam = seams_.upper_bound(place);
+    return seam == seams_.end() ? std::numeric_limits<int64_t>::max() : *seam - place;
+  }
+
+  // What was there is gone, and so is what it holds where the system cannot move it.
+  void move(Block piece, char* there) {
+    const size_t size = static_cast<size_t>(piece.bytes);
+    if (mremap(piece.data, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, there) == MAP_FAILED) {
+      munmap(piece.data, size);
+      const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+      if (mmap(there, size, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED) std::abort();
+    }
+    forget_seams(piece);
+    seams_.insert({there, there + piece.bytes});
+  }
+#endif
+
+  // From the system, if need be for all that is kept.
+  char* map(int64_t bytes) {
     const auto fresh = [bytes] {
       return mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
                   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     };
-    void* data = fresh();
-    if (data == MAP_FAILED) {
+    void* found = fresh();
+    if (found == MAP_FAILED) {
       drop_to(0);
-      data = fresh();
+      found = fresh();
     }
-    if (data != MAP_FAILED) fresh_ += bytes;
+    if (found == MAP_FAILED) {
+      throw std::runtime_error("halfbyte: cannot allocate memory for an activation of " +
+                               std::to_string(bytes) + " bytes");
+    }
+    char* const data = static_cast<char*>(found);
+    seams_.insert({data, data + bytes});
     return data;
   }
 
-  // What it holds is not needed. Linux moves pages by their addresses, so that only those which are
-  // added are fresh; elsewhere, and where that fails, all are.
-  void* resize(Block old, int64_t bytes) {
-    if (old.bytes >= bytes) {
-      if (old.bytes > bytes) {
-        munmap(static_cast<char*>(old.data) + bytes, static_cast<size_t>(old.bytes - bytes));
-      }
-      return old.data;
-    }
-#if defined(__linux__)
-    void* data = mremap(old.data, static_cast<size_t>(old.bytes), static_cast<size_t>(bytes),
-                        MREMAP_MAYMOVE);
-    if (data != MAP_FAILED) {
-      fresh_ += bytes - old.bytes;
-      return data;
-    }
-#endif
-    munmap(old.data, static_cast<size_t>(old.bytes));
-    return map(bytes);
+  void unmap(Block block) {
+    munmap(block.data, static_cast<size_t>(block.bytes));
+    forget_seams(block);
+  }
+
+  // Nothing is there any more, so nothing meets there.
+  void forget_seams(Block block) {
+    seams_.erase(seams_.lower_bound(block.data), seams_.upper_bound(block.data + block.bytes));
   }
 
   std::mutex mutex_;
   std::atomic<int64_t> least_{0};
-  std::deque<Block> idle_;
-  int64_t beside_ = 0, lent_ = 0, kept_ = 0, used_ = 0, most_ = 0, fresh_ = 0;  // bytes
+  std::map<char*, Idle> idle_;  // by address
+  std::set<char*> seams_;  // where separate mappings may meet; the system moves no more than one
+  int64_t age_ = 0;
+  int64_t beside_ = 0, lent_ = 0, out_ = 0, kept_ = 0, used_ = 0, most_ = 0, fresh_ = 0;  // bytes
 };
 
 // Never destroyed: tensors may outlive everything else.
@@ -215,9 +324,20 @@ void lend_activations(int64_t bytes) {
   pool().lend(bytes);
 }
 
+Tensor lent_buffer(int64_t bytes) {
+  Problems problems("halfbyte::lent_buffer");
+  problems.expect(bytes > 0, "bytes", "a number of bytes", bytes);
+  problems.raise();
+  bool counts = false;
+  const Block block = pool().take_lent(bytes, counts);
+  return torch::stable::from_blob(
+      block.data, {bytes}, {1}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+      ScalarType::Byte, [block, counts](void*) { pool().give_back_lent(block, counts); });
+}
+
 std::vector<int64_t> activation_usage() {
   const Usage usage = pool().usage();
-  return {usage.used, usage.most, usage.kept, usage.fresh};
+  return {usage.used, usage.most, usage.kept, usage.fresh, usage.out};
 }
 
 }  // namespace
@@ -230,9 +350,8 @@ Tensor activation(const Tensor& like, std::vector<int64_t> shape, std::optional<
   const int64_t bytes = known && like.is_cpu() ? bytes_of(shape, element) : -1;
   if (!pool().serves(bytes)) return torch::stable::new_empty(like, shape, wanted);
   const Block block = pool().take(bytes);
-  return torch::stable::from_blob(
-      block.data, shape, strides_of(shape), like.device(), wanted,
-      [size = block.bytes](void* data) { pool().give_back({data, size}); });
+  return torch::stable::from_blob(block.data, shape, strides_of(shape), like.device(), wanted,
+                                  [block](void*) { pool().give_back(block); });
 }
 
 Tensor activation_like(const Tensor& like) {
@@ -243,6 +362,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(halfbyte, m) {
   m.def("reuse_activations(int least, int beside) -> ()");
   m.def("release_activations() -> ()");
   m.def("lend_activations(int bytes) -> ()");
+  m.def("lent_buffer(int bytes) -> Tensor");
   m.def("activation_usage() -> int[]");
 }
 
@@ -250,6 +370,7 @@ STABLE_TORCH_LIBRARY_IMPL(halfbyte, CompositeExplicitAutograd, m) {
   m.impl("reuse_activations", TORCH_BOX(&reuse_activations));
   m.impl("release_activations", TORCH_BOX(&release_activations));
   m.impl("lend_activations", TORCH_BOX(&lend_activations));
+  m.impl("lent_buffer", TORCH_BOX(&lent_buffer));
   m.impl("activation_usage", TORCH_BOX(&activation_usage));
 }
 

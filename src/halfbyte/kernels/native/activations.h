@@ -2,10 +2,10 @@
 //
 // A training step makes and drops several gigabytes of activations. From the system each block is
 // fresh: a page fault and 4 KiB of zeros at a time, a tenth to a sixth of the step. While reuse is
-// on, blocks that a tensor leaves are kept for the next of about that size. What is kept and what
-// is in use together never exceed the most that was in use at once, and leave room for what else
-// arrives as activations go; so a peak stays what it is. A block is never larger than its tensor,
-// but for the rest of a page.
+// on, blocks that tensors leave are kept and cut up or put together for the next ones, whatever
+// their size. What is kept and what is in use together never exceed the most that was in use at
+// once, and leave room for what else arrives as activations go; so a peak stays what it is. A block
+// is never larger than its tensor, but for the rest of a page.
 
 #pragma once
 
