@@ -248,49 +248,59 @@ def test_what_a_backward_gives_up_may_be_used_by_others() -> None:
 
 @pytest.mark.usefixtures("reuse")
 def test_others_get_kept_memory_and_leave_it_to_activations() -> None:
-    held = [blocks(8) for _ in range(10)]
+    held = [blocks(32) for _ in range(10)]
     activations.release()
     given_up = activations.GivenUp()
     held.clear()
-    assert given_up.lend(2**30) == 80 * PAGE
+    assert given_up.lend(2**30) == 320 * PAGE
     fresh = activations.usage().fresh
-    borrowed = [activations.lent_buffer(16 * PAGE).fill_(number) for number in range(3)]
+    borrowed = [activations.lent_buffer(64 * PAGE).fill_(number) for number in range(3)]
     assert all(buffer.data_ptr() % PAGE == 0 for buffer in borrowed)
     usage = activations.usage()
-    assert (usage.used, usage.kept, usage.out) == (0, 32 * PAGE, 48 * PAGE)
-    held = [blocks(8) for _ in range(4)]
+    assert (usage.used, usage.kept, usage.out) == (0, 128 * PAGE, 192 * PAGE)
+    held = [blocks(32) for _ in range(4)]
     assert activations.usage().kept == 0
-    own = activations.lent_buffer(40 * PAGE)  # more than is lent: not at the cost of activations
-    assert activations.usage().out == 48 * PAGE
-    assert activations.usage().fresh - fresh == 40 * PAGE
+    own = activations.lent_buffer(160 * PAGE)  # more than is lent: not at the cost of activations
+    assert activations.usage().out == 192 * PAGE
+    assert activations.usage().fresh - fresh == 160 * PAGE
     assert [int(buffer.max()) for buffer in borrowed] == [0, 1, 2]
     borrowed.clear()
     assert activations.usage().out == 0
     del own
     usage = activations.usage()
-    assert usage.kept == 48 * PAGE  # of the 80 there were, for 32 are in use
+    assert usage.kept == 192 * PAGE  # of the 320 there were, for 128 are in use
     held.clear()
-    assert activations.usage().kept == 80 * PAGE
+    assert activations.usage().kept == 320 * PAGE
 
 
 @pytest.mark.usefixtures("reuse")
-def test_a_loan_ends_with_release_and_what_is_out_still_counts() -> None:
-    held = [blocks(8) for _ in range(10)]
+def test_what_is_out_counts_until_the_loan_ends() -> None:
+    held = [blocks(32) for _ in range(10)]
     activations.release()
     given_up = activations.GivenUp()
     held.clear()
     given_up.lend(2**30)
-    borrowed = activations.lent_buffer(30 * PAGE)
+    borrowed = activations.lent_buffer(120 * PAGE)
     activations.release()
-    assert activations.usage().out == 30 * PAGE
-    other = activations.lent_buffer(8 * PAGE)
-    assert activations.usage().out == 30 * PAGE
-    held = [blocks(8) for _ in range(10)]
+    assert activations.usage().out == 120 * PAGE
+    other = activations.lent_buffer(32 * PAGE)
+    assert activations.usage().out == 120 * PAGE
+    held = [blocks(32) for _ in range(10)]
     held.clear()
-    assert activations.usage().kept == (80 - 30) * PAGE
-    del borrowed, other
+    assert activations.usage().kept == (320 - 120) * PAGE
+    activations.end_loan()
+    assert activations.usage().out == 0
+    held = [blocks(32) for _ in range(10)]
+    held.clear()
+    assert activations.usage().kept == 320 * PAGE
+    torch.ops.halfbyte.lend_activations(80 * PAGE)
+    later = activations.lent_buffer(80 * PAGE)
+    del borrowed, other  # of the loan before, so no part of this one comes back
     usage = activations.usage()
-    assert (usage.kept, usage.out) == (80 * PAGE, 0)
+    assert (usage.kept, usage.out) == (240 * PAGE, 80 * PAGE)
+    del later
+    usage = activations.usage()
+    assert (usage.kept, usage.out) == (320 * PAGE, 0)
 
 
 def test_nothing_is_lent_without_reuse() -> None:

@@ -110,6 +110,12 @@ def usage() -> Usage:
     return Usage(*torch.ops.halfbyte.activation_usage()) if backends.native_in_use() else Usage()
 
 
+def end_loan() -> None:
+    """From here on what others hold is their own: activations have all that they took at most."""
+    if backends.native_in_use():
+        torch.ops.halfbyte.lend_activations(0)
+
+
 def lent_buffer(num_bytes: int) -> Tensor:
     """Memory for others than activations, uint8 `[num_bytes]`, uninitialized, at a page's start.
 

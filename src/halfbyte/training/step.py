@@ -82,6 +82,7 @@ def compute_gradients(
         around: A context for each micro-batch; may raise to abandon the step.
     """
     accumulator.begin(loss_scale)
+    activations.end_loan()
     num_targets = sum(batch.num_targets for batch in batches)
     factor = loss_scale / num_targets
     total = 0.0

@@ -20,7 +20,7 @@
 namespace halfbyte {
 namespace {
 
-constexpr int64_t kSlack = 8;               // a block becomes one that differs by up to an eighth
+constexpr int64_t kSlack = 8;               // a block becomes one that is up to an eighth smaller
 constexpr int64_t kAlways = 32;             // a 32nd of the most may be kept whatever else arrives
 constexpr int64_t kLeastPiece = 64 * 1024;  // bytes; below that moving is not worth a mapping
 constexpr size_t kMostSeams = 16384;        // a quarter of the mappings Linux allows a process
@@ -77,12 +77,12 @@ class Pool {
     keep(block);
   }
 
-  // For somebody else; `counts` tells whether it is within what is lent.
-  Block take_lent(int64_t lent_bytes, bool& counts) {
+  // For somebody else; `loan` is the one it belongs to, 0 for none.
+  Block take_lent(int64_t lent_bytes, int64_t& loan) {
     const std::lock_guard lock(mutex_);
     const int64_t bytes = round_up(lent_bytes);
-    counts = out_ + bytes <= lent_;
-    const int64_t counted = counts ? bytes : 0;
+    loan = out_ + bytes <= lent_ ? loan_ : 0;
+    const int64_t counted = loan > 0 ? bytes : 0;
     out_ += counted;
     try {
       return find(bytes);
@@ -92,9 +92,9 @@ class Pool {
     }
   }
 
-  void give_back_lent(Block block, bool counts) {
+  void give_back_lent(Block block, int64_t loan) {
     const std::lock_guard lock(mutex_);
-    if (counts) out_ -= block.bytes;
+    if (loan == loan_) out_ -= block.bytes;
     keep(block);
   }
 
@@ -104,10 +104,14 @@ class Pool {
     forget();
   }
 
-  // Leaves so much of the most to somebody else.
+  // Leaves so much of the most to somebody else; 0 ends the loan, and what is out is not of it.
   void lend(int64_t bytes) {
     const std::lock_guard lock(mutex_);
     lent_ = bytes;
+    if (bytes == 0) {
+      out_ = 0;
+      ++loan_;
+    }
   }
 
   Usage usage() {
@@ -213,16 +217,13 @@ class Pool {
     const Block block{map(bytes), bytes};
     int64_t filled = 0;
 #if defined(__linux__)
-    while (bytes - filled >= kLeastPiece && kept_ > 0 && seams_.size() < kMostSeams) {
-      const Row row = shortest_row(1);
+    while (bytes - filled >= kLeastPiece && seams_.size() < kMostSeams) {
+      const Row row = shortest_row(kLeastPiece);
+      if (row.bytes == 0) break;
       const int64_t movable = std::min(row.bytes, to_seam(row.first->first));
       const Block piece = cut(row.first, std::min(movable, bytes - filled));
-      if (movable < kLeastPiece) {
-        unmap(piece);
-      } else {
-        move(piece, block.data + filled);
-        filled += piece.bytes;
-      }
+      move(piece, block.data + filled);
+      filled += piece.bytes;
     }
 #endif
     fresh_ += bytes - filled;
@@ -282,7 +283,7 @@ class Pool {
   std::atomic<int64_t> least_{0};
   std::map<char*, Idle> idle_;  // by address
   std::set<char*> seams_;  // where separate mappings may meet; the system moves no more than one
-  int64_t age_ = 0;
+  int64_t age_ = 0, loan_ = 1;
   int64_t beside_ = 0, lent_ = 0, out_ = 0, kept_ = 0, used_ = 0, most_ = 0, fresh_ = 0;  // bytes
 };
 
@@ -328,11 +329,11 @@ Tensor lent_buffer(int64_t bytes) {
   Problems problems("halfbyte::lent_buffer");
   problems.expect(bytes > 0, "bytes", "a number of bytes", bytes);
   problems.raise();
-  bool counts = false;
-  const Block block = pool().take_lent(bytes, counts);
+  int64_t loan = 0;
+  const Block block = pool().take_lent(bytes, loan);
   return torch::stable::from_blob(
       block.data, {bytes}, {1}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-      ScalarType::Byte, [block, counts](void*) { pool().give_back_lent(block, counts); });
+      ScalarType::Byte, [block, loan](void*) { pool().give_back_lent(block, loan); });
 }
 
 std::vector<int64_t> activation_usage() {
