@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import resource
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -41,6 +42,7 @@ class StepFigures:
         moved_bytes: Both ways.
         moved_in_update: Of them, in the optimizer's part.
         others_seconds: Processor time that other processes took, and other machines of the host.
+        page_faults: In all of it; None in records from before they were counted.
     """
 
     seconds: float
@@ -49,6 +51,7 @@ class StepFigures:
     moved_bytes: int
     moved_in_update: int
     others_seconds: float
+    page_faults: int | None = None
 
     @property
     def alone(self) -> bool:
@@ -79,7 +82,7 @@ class Run:
         return self._take(self.batch)
 
     def _take(self, batch: Batch) -> StepFigures:
-        before, others = self.stats(), _others_seconds()
+        before, others, faults = self.stats(), _others_seconds(), _page_faults()
         begun = time.perf_counter()
         compute_gradients(self.model.decoder, [batch], self.accumulator, max_norm=1.0)
         between = self.stats()
@@ -97,6 +100,7 @@ class Run:
             _moved_bytes(moved),
             _moved_bytes(after.since(between)),
             _others_seconds() - others,
+            _page_faults() - faults,
         )
 
     def stats(self) -> PoolStats:
@@ -189,6 +193,10 @@ def _batch(documents: int, vocabulary: int) -> Batch:
 
 def _moved_bytes(stats: PoolStats) -> int:
     return stats.paged_in_bytes + stats.paged_out_bytes
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _others_seconds() -> float:

@@ -16,13 +16,14 @@ for source in "$native"/*.cpp; do
   # shellcheck disable=SC2086
   aarch64-linux-gnu-g++ $flags -fPIC $headers -c "$source" -o "$build/$(basename "$source" .cpp).o"
 done
-for compiler in "${CXX:-g++}" aarch64-linux-gnu-g++; do
+bits() {  # with a compiler, into a file
   # shellcheck disable=SC2086
-  $compiler $flags -static -I"$native" $headers scripts/portable_bits.cpp "$native/portable.cpp" \
-    -o "$build/bits-$compiler"
-done
-"$build/bits-${CXX:-g++}" > "$build/here"
-qemu-aarch64-static "$build/bits-aarch64-linux-gnu-g++" > "$build/there"
-diff "$build/here" "$build/there"
-cat "$build/there"
+  $1 $flags -static -I"$native" $headers scripts/portable_bits.cpp "$native/portable.cpp" -o "$2"
+}
+bits "${CXX:-g++}" "$build/here"
+bits aarch64-linux-gnu-g++ "$build/there"
+"$build/here" > "$build/here.txt"
+qemu-aarch64-static "$build/there" > "$build/there.txt"
+diff "$build/here.txt" "$build/there.txt"
+cat "$build/there.txt"
 echo "every source compiles for aarch64, and all of these are equal there"

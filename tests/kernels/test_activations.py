@@ -1,6 +1,9 @@
 """Blocks of activations: what is kept, when it goes, and that no peak grows by it."""
 
 import mmap
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -246,13 +249,18 @@ def test_what_a_backward_gives_up_may_be_used_by_others() -> None:
     assert given_up.lend(2**30) == (80 - 16 // 4) * PAGE
 
 
-@pytest.mark.usefixtures("reuse")
-def test_others_get_kept_memory_and_leave_it_to_activations() -> None:
-    held = [blocks(32) for _ in range(10)]
+def lend_all_of(pages: int) -> None:
+    """What a backward pass has given up that began with so many pages."""
+    held = [blocks(pages // 10) for _ in range(10)]
     activations.release()
     given_up = activations.GivenUp()
     held.clear()
-    assert given_up.lend(2**30) == 320 * PAGE
+    assert given_up.lend(2**30) == pages * PAGE
+
+
+@pytest.mark.usefixtures("reuse")
+def test_others_get_kept_memory_and_leave_it_to_activations() -> None:
+    lend_all_of(320)
     fresh = activations.usage().fresh
     borrowed = [activations.lent_buffer(64 * PAGE).fill_(number) for number in range(3)]
     assert all(buffer.data_ptr() % PAGE == 0 for buffer in borrowed)
@@ -275,11 +283,7 @@ def test_others_get_kept_memory_and_leave_it_to_activations() -> None:
 
 @pytest.mark.usefixtures("reuse")
 def test_what_is_out_counts_until_the_loan_ends() -> None:
-    held = [blocks(32) for _ in range(10)]
-    activations.release()
-    given_up = activations.GivenUp()
-    held.clear()
-    given_up.lend(2**30)
+    lend_all_of(320)
     borrowed = activations.lent_buffer(120 * PAGE)
     activations.release()
     assert activations.usage().out == 120 * PAGE
@@ -318,7 +322,39 @@ def test_senseless_loans_are_refused() -> None:
         torch.ops.halfbyte.lent_buffer(0)
     with pytest.raises(RuntimeError, match="cannot allocate memory"):
         activations.lent_buffer(2**60)
+    with pytest.raises(RuntimeError, match="bytes: a number of bytes expected, found"):
+        activations.lent_buffer(2**63 - 1)
     assert activations.usage().out == 0
+
+
+REFUSED = """
+import torch
+from halfbyte.kernels import activations
+like = torch.zeros(1)
+with activations.reusing(least=4096):
+    held = [activations.activation(like, (40, 1024)).fill_(n) for n in range(8)]
+    del held[::2]
+    before = activations.usage()
+    made = activations.activation(like, (100, 1024)).fill_(9.0)
+    after = activations.usage()
+    assert after.fresh - before.fresh == made.nbytes, (before, after)
+    assert after.used + after.kept <= before.most, (before, after)
+    assert [int(block.sum()) for block in held] == [n * 40960 for n in (1, 3, 5, 7)]
+    assert int(made.sum()) == 9 * 102400
+    del made, held
+    assert activations.usage().used == 0
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are moved on Linux")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_what_the_system_refuses_to_move_is_fresh(tmp_path: Path) -> None:
+    refuses = tmp_path / "refuses.so"
+    source = "void *mremap(void *p, ...) { return (void *)-1; }"
+    compile_it = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(refuses)]
+    subprocess.run(compile_it, input=source, text=True, check=True)
+    environment = {**os.environ, "LD_PRELOAD": f"{os.environ.get('LD_PRELOAD', '')} {refuses}"}
+    subprocess.run([sys.executable, "-c", REFUSED], env=environment, check=True)
 
 
 @pytest.mark.parametrize(("least", "beside"), [(-1, 0), (PAGE, -1)])

@@ -9,7 +9,6 @@ Semantics:
     activation(like, shape, dtype)   an uninitialized tensor on the device of `like`
 """
 
-import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import backends
+from halfbyte.memory.tiers import anonymous
 
 LEAST_BYTES = 128 * 2**10
 """Blocks from this size on are reused. Smaller ones come from the heap, which keeps them anyway."""
@@ -94,7 +94,7 @@ class Usage:
         used: In use.
         most: In use at once, at most, since `release`.
         kept: Not in use, and kept.
-        fresh: That came from the system because no kept block fitted, since the process began.
+        fresh: That came from the system because not enough was kept, since the process began.
         out: Of what is lent, how much is in others' hands.
     """
 
@@ -125,7 +125,7 @@ def lent_buffer(num_bytes: int) -> Tensor:
     if backends.native_in_use():
         made: Tensor = torch.ops.halfbyte.lent_buffer(num_bytes)
         return made
-    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+    return anonymous(num_bytes)
 
 
 class GivenUp:

@@ -97,7 +97,7 @@ class FileTier:
             direct: Use O_DIRECT if the filesystem can.
             allocate: Makes the buffers, whose addresses have to be multiples of `BLOCK`.
         """
-        self._allocate = allocate or _anonymous
+        self._allocate = allocate or anonymous
         self._directory = on_disk(directory or Path(os.environ.get("TMPDIR") or "/var/tmp"))  # noqa: S108
         self._direct = direct
         self._descriptor: int | None = None
@@ -196,7 +196,8 @@ class FileTier:
             os.posix_fadvise(self._file, position, length, os.POSIX_FADV_DONTNEED)
 
 
-def _anonymous(num_bytes: int) -> Tensor:
+def anonymous(num_bytes: int) -> Tensor:
+    """Memory of its own, uint8 `[num_bytes]`, zero, at a page's start."""
     return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
 
 

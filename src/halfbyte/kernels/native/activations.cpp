@@ -23,7 +23,8 @@ namespace {
 constexpr int64_t kSlack = 8;               // a block becomes one that is up to an eighth smaller
 constexpr int64_t kAlways = 32;             // a 32nd of the most may be kept whatever else arrives
 constexpr int64_t kLeastPiece = 64 * 1024;  // bytes; below that moving is not worth a mapping
-constexpr size_t kMostSeams = 16384;        // a quarter of the mappings Linux allows a process
+constexpr int64_t kMostBytes = int64_t{1} << 60;  // sums of a few such sizes do not overflow
+constexpr size_t kMostSeams = 16384;  // a quarter of the mappings Linux allows a process
 
 struct Block {
   char* data;
@@ -53,7 +54,7 @@ class Pool {
 
   bool serves(int64_t bytes) const {
     const int64_t least = least_.load(std::memory_order_relaxed);
-    return least > 0 && bytes >= least;
+    return least > 0 && bytes >= least && bytes <= kMostBytes;
   }
 
   Block take(int64_t tensor_bytes) {
@@ -222,11 +223,13 @@ class Pool {
       if (row.bytes == 0) break;
       const int64_t movable = std::min(row.bytes, to_seam(row.first->first));
       const Block piece = cut(row.first, std::min(movable, bytes - filled));
-      move(piece, block.data + filled);
+      if (!move(piece, block.data + filled)) {
+        unmap(block);
+        fail(bytes);
+      }
       filled += piece.bytes;
     }
 #endif
-    fresh_ += bytes - filled;
     return block;
   }
 
@@ -236,16 +239,20 @@ class Pool {
     return seam == seams_.end() ? std::numeric_limits<int64_t>::max() : *seam - place;
   }
 
-  // What was there is gone, and so is what it holds where the system cannot move it.
-  void move(Block piece, char* there) {
+  // To where something fresh is. Where the system refuses, that stays or is made anew, and the
+  // piece is given back; false if there is no memory.
+  bool move(Block piece, char* there) {
     const size_t size = static_cast<size_t>(piece.bytes);
-    if (mremap(piece.data, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, there) == MAP_FAILED) {
-      munmap(piece.data, size);
+    if (mremap(piece.data, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, there) != MAP_FAILED) {
+      fresh_ -= piece.bytes;
+      forget_seams(piece);
+    } else {
+      unmap(piece);
       const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
-      if (mmap(there, size, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED) std::abort();
+      if (mmap(there, size, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED) return false;
     }
-    forget_seams(piece);
     seams_.insert({there, there + piece.bytes});
+    return true;
   }
 #endif
 
@@ -260,13 +267,16 @@ class Pool {
       drop_to(0);
       found = fresh();
     }
-    if (found == MAP_FAILED) {
-      throw std::runtime_error("halfbyte: cannot allocate memory for an activation of " +
-                               std::to_string(bytes) + " bytes");
-    }
+    if (found == MAP_FAILED) fail(bytes);
     char* const data = static_cast<char*>(found);
     seams_.insert({data, data + bytes});
+    fresh_ += bytes;
     return data;
+  }
+
+  [[noreturn]] static void fail(int64_t bytes) {
+    throw std::runtime_error("halfbyte: cannot allocate memory for an activation of " +
+                             std::to_string(bytes) + " bytes");
   }
 
   void unmap(Block block) {
@@ -327,7 +337,7 @@ void lend_activations(int64_t bytes) {
 
 Tensor lent_buffer(int64_t bytes) {
   Problems problems("halfbyte::lent_buffer");
-  problems.expect(bytes > 0, "bytes", "a number of bytes", bytes);
+  problems.expect(bytes > 0 && bytes <= kMostBytes, "bytes", "a number of bytes", bytes);
   problems.raise();
   int64_t loan = 0;
   const Block block = pool().take_lent(bytes, loan);
