@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard src/halfbyte/kernels/native/*)
-CPP := $(filter %.cpp %.h,$(NATIVE)) $(wildcard scripts/*.cpp)
+CPP := $(filter %.cpp %.h,$(NATIVE)) $(wildcard scripts/*.cpp scripts/*.h)
 
 # Threads of the tests that wait for each other soon sleep: spinning starves whatever else runs here.
 export GOMP_SPINCOUNT ?= 2000

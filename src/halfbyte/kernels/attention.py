@@ -7,7 +7,8 @@ Semantics, for query i of a segment and head h, which uses key-value head h // (
     out = sum_j exp(s_j - lse) v_j
 The last query of a segment is at its last key; i sees the key at its own place and `window - 1`
 keys before that, or all before. Products are summed and exponentials taken in float32; each result
-is rounded to the dtype once. Kernels sum in another order, and keep no [T, S] matrix.
+is rounded to the dtype once. Kernels sum in another order, and keep no [T, S] matrix; one that
+multiplies bfloat16 numbers alone first rounds weights, and gradients of scores, to that dtype.
 
 Dimension key:
     T  queries, packed        H  query heads

@@ -53,9 +53,9 @@ struct Attention {
            kKeys * 2 * feature_stride() + head_dim * kKeyStride + block_rows() * (kKeyStride + 2);
   }
   int64_t backward_scratch(int64_t queries) const {
-    return queries * heads_each() * feature_stride() + block_rows() * 2 * feature_stride() +
-           kKeys * 3 * feature_stride() + 2 * head_dim * kKeyStride +
-           block_rows() * (2 * kKeyStride + 4);
+    return queries * heads_each() * feature_stride() + block_rows() * 4 * feature_stride() +
+           kKeys * 4 * feature_stride() + 2 * head_dim * kKeyStride +
+           block_rows() * (3 * kKeyStride + 4);
   }
 };
 

@@ -14,6 +14,7 @@
 
 #define HALFBYTE_ISA avx512
 #define HALFBYTE_LANES 16
+#define HALFBYTE_BFLOAT16_PAIRS
 #define HALFBYTE_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi,bmi2"
 #include "target.h"
 // (after the target, so that the loops are compiled for it)

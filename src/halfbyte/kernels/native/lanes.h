@@ -146,16 +146,25 @@ inline float reduce(const float* lanes, Combine combine) {
   }
 }
 
+// The same order in a register: lane i with the one kHalf after it, then with half of that.
+template <int kHalf, Floats (*combine)(Floats, Floats), int... kLane>
+inline float fold(Floats v, std::integer_sequence<int, kLane...> lanes) {
+  v = combine(v, shuffle<((kLane + kHalf) % kLanes)...>(v, v));
+  if constexpr (kHalf > 1) {
+    return fold<kHalf / 2, combine>(v, lanes);
+  } else {
+    return v[0];
+  }
+}
+
+inline Floats sum(Floats a, Floats b) { return a + b; }
+
 inline float sum_of(Floats v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  return reduce<kLanes>(lanes, [](float a, float b) { return a + b; });
+  return fold<kLanes / 2, sum>(v, std::make_integer_sequence<int, kLanes>());
 }
 
 inline float largest_of(Floats v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  return reduce<kLanes>(lanes, [](float a, float b) { return a > b ? a : b; });
+  return fold<kLanes / 2, larger>(v, std::make_integer_sequence<int, kLanes>());
 }
 
 // 2^x within 2^-23 of it, relatively; exactly 1 at 0, 0 below -126.5, infinite above 127.5;
