@@ -139,9 +139,17 @@ def compare(
     turns: int,
     floor: tuple[float, str],
     targets: dict[str, float] | None = None,
+    *,
+    ours_last: bool = False,
 ) -> Row:
-    """Measure one case. `targets` maps peers to the least ratio that was promised."""
-    our_times, *their_times = take_turns([ours, *peers.values()], turns)
+    """Measure one case. `targets` maps peers to the least ratio that was promised.
+
+    We begin each turn, or with `ours_last` we end it: who follows whom can be worth a percent.
+    """
+    if ours_last:
+        *their_times, our_times = take_turns([*peers.values(), ours], turns)
+    else:
+        our_times, *their_times = take_turns([ours, *peers.values()], turns)
     named = dict(zip(peers, their_times, strict=True))
     ratios = {
         name: statistics.median(t / o for t, o in zip(record, our_times, strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import halfbyte as hb
-from benchmarks.harness import GateError, Machine, Row, Subject, compare
+from benchmarks.harness import Action, GateError, Machine, Row, Subject, compare
 from halfbyte.formats.quantized_tensor import QuantizedTensor
 from halfbyte.kernels import linear_input_gradient
 
@@ -153,8 +153,21 @@ def floor_of(machine: Machine, count: int) -> tuple[float, str]:
     return max((reading, "memory read"), (multiplying, "matmul"))
 
 
+CALLS = 60
+
+
+def repeated(action: Action) -> Action:
+    """Many calls in a row: the codes of a 4-bit weight stay in a cache, a dense weight does not."""
+
+    def run() -> None:
+        for _ in range(CALLS):
+            action()
+
+    return run
+
+
 def measure_linear(machine: Machine, turns: int) -> list[Row]:
-    """Inference, training forward and the input gradient, and what double quantization costs."""
+    """Inference, training forward and the input gradient."""
     dtype: torch.dtype = getattr(torch, machine.matmul_dtype)
     weight, (codes, state) = dense().to(dtype), theirs()
     rows = []
@@ -170,16 +183,30 @@ def measure_linear(machine: Machine, turns: int) -> list[Row]:
                 peers[f"{DENSE} {machine.matmul_dtype}"] = lambda x=wide: functional.linear(
                     x, weight
                 )
+            action = lambda x=x: hb.linear(x, ours())  # noqa: E731
+            targets = INFERENCE_TARGETS.get(count)
             rows.append(
                 compare(
                     f"inference, {count} rows, bfloat16",
-                    lambda x=x: hb.linear(x, ours()),
+                    action,
                     peers,
                     turns * 5,
                     floor_of(machine, count),
-                    INFERENCE_TARGETS.get(count),
+                    targets,
                 )
             )
+            if count == 1:
+                multiplying = CALLS * machine.multiplying(2.0 * NUMEL)
+                rows.append(
+                    compare(
+                        f"the same, {CALLS} calls in a row",
+                        repeated(action),
+                        {name: repeated(peer) for name, peer in peers.items()},
+                        turns,
+                        (multiplying, "matmul"),
+                        targets,
+                    )
+                )
         for count in (32, 64, 128):
             x = rows_of(count, dtype)
             rows.append(
@@ -220,19 +247,27 @@ def measure_linear(machine: Machine, turns: int) -> list[Row]:
                 TRAINING_TARGETS[count],
             ),
         ]
+    return rows
+
+
+def measure_double_quantization(machine: Machine, turns: int) -> list[Row]:
+    """What decoding double-quantized scales costs, in both orders of a turn."""
+    rows = []
     for count, least in DOUBLE_QUANTIZATION_TARGETS.items():
-        kind = torch.bfloat16 if count == 1 else dtype
+        kind = torch.bfloat16 if count == 1 else getattr(torch, machine.matmul_dtype)
         x = rows_of(count, kind)
-        rows.append(
+        rows += [
             compare(
-                f"double-quantized scales, {count} rows, {str(kind).removeprefix('torch.')}",
+                f"{count} rows, {str(kind).removeprefix('torch.')}, {'last' if last else 'first'}",
                 lambda x=x: hb.linear(x, ours()),
                 {"plain scales": lambda x=x: hb.linear(x, ours(double_quant=False))},
                 turns * 5 if count == 1 else turns,
                 floor_of(machine, count),
                 {"plain scales": least},
+                ours_last=last,
             )
-        )
+            for last in (False, True)
+        ]
     return rows
 
 
@@ -240,4 +275,10 @@ SUBJECTS = (
     Subject("quantize", "Quantizing", quantize_gate, measure_quantize),
     Subject("dequantize", "Dequantizing", quantize_gate, measure_dequantize),
     Subject("linear", "Multiplying by a 4-bit weight, 4096^2", linear_gate, measure_linear),
+    Subject(
+        "double_quantization",
+        "Double-quantized scales against plain ones, 4096^2",
+        linear_gate,
+        measure_double_quantization,
+    ),
 )

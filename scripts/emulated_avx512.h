@@ -363,7 +363,7 @@ __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
 __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
   const auto x = lanes_of<uint16_t>(a), y = lanes_of<uint16_t>(b);
   return make<float, __m512>([&](int i) {
-    // A product of two bfloat16 numbers is exact in float32, unless it is subnormal.
+    // A product of two bfloat16 numbers is exact in float32, unless it is subnormal or overflows.
     float r = flushed(sum[i]);
     for (int j = 2 * i + 1; j >= 2 * i; --j) r = flushed(r + widened(x.at[j]) * widened(y.at[j]));
     return r;

@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: builds them apart, with every
 # finding fatal, and runs tests/kernels on that build. The library in the source tree is untouched.
-# Needs GCC. Takes about a minute on two cores, half of it compiling. Further arguments go to pytest.
+# With --emulate-avx512 as the first argument, those for AVX-512 as in emulate_avx512.sh. Needs GCC.
+# Takes about a minute on two cores, half of it compiling. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$PWD/.venv/bin/python}
 build=$PWD/build/sanitize
-mkdir -p "$build"
-# A copy without the library, so that neither replaces the other; with its times, so that a second
-# run compiles only what changed.
-tar --exclude='*.so' -cf - src setup.py pyproject.toml README.md LICENSE | tar -xf - -C "$build"
-(cd "$build" && HALFBYTE_SANITIZE=1 "$python" setup.py -q build_ext --inplace)
+emulate=
+if [ "${1:-}" = --emulate-avx512 ]; then
+  emulate=$1
+  build+=-emulated
+  shift
+fi
+scripts/kernel_tree.sh "$build" $emulate
+(cd "$build" && CXX="${CXX:-g++}${emulate:+ -Wno-psabi}" HALFBYTE_SANITIZE=1 \
+  "$python" setup.py -q build_ext --inplace)
 nm -D "$build/src/halfbyte/kernels/_native.so" | grep -c __asan_ > /dev/null || { echo "not sanitized"; exit 1; }
 # The C++ runtime as well: exceptions are intercepted only if it is there from the start.
 runtime="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libstdc++.so)"

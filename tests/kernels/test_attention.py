@@ -62,6 +62,7 @@ CASES = [
     pytest.param(Case([34, 33], heads=2, groups=2, features=96, scale=0.1), id="no-groups"),
     pytest.param(Case([70], heads=2, groups=1, features=256, scale=0.06), id="wide-heads"),
     pytest.param(Case([40], heads=7, groups=1, features=10), id="odd-heads-and-features"),
+    pytest.param(Case([90], heads=3, groups=1, features=33), id="odd-features"),
     pytest.param(Case([3], heads=200, groups=2, features=12), id="more-heads-than-rows"),
     pytest.param(Case([130, 9], features=20, window=5), id="window-in-a-block"),
     pytest.param(Case([200], heads=4, groups=4, features=8, window=100), id="window-of-blocks"),

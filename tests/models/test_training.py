@@ -9,6 +9,7 @@ from torch import Tensor
 
 import halfbyte as hb
 from halfbyte.errors import UsageError
+from halfbyte.layers import linear as linear_module
 from halfbyte.layers.cross_entropy import linear_cross_entropy
 from halfbyte.layers.lora import LoraFactors
 from halfbyte.layers.segments import pack
@@ -137,6 +138,34 @@ def test_recomputed_layers_give_the_same_bits_with_dropout(case: str) -> None:
             assert torch.equal(found, expected)
     other = training_loss(decoder, tokens, dropout_seed=12)
     assert not torch.equal(other.detach(), results[0][0])
+
+
+@pytest.mark.parametrize(("case", "left_out"), [("llama", ["down_proj"]), ("gemma3", [])])
+@pytest.mark.parametrize("method", ["adapters", "all-weights"])
+def test_what_no_backward_reads_is_not_computed_again(
+    monkeypatch: pytest.MonkeyPatch, case: str, left_out: list[str], method: str
+) -> None:
+    if method == "adapters":
+        decoder = adapted_decoder(case)
+    else:
+        oracle = make_oracle(case)
+        store = TrainableStore(weights_of(oracle), torch.float32)
+        config = parse_config(oracle.config.to_dict())
+        decoder = Decoder(config, store, compute_dtype=torch.float32)
+    outputs: list[Tensor] = []
+    placeholder = linear_module._unread_outputs
+
+    def note(x: Tensor, linear: linear_module.Linear) -> Tensor:
+        outputs.append(placeholder(x, linear))
+        assert linear.path.endswith(left_out[0])
+        return outputs[-1]
+
+    monkeypatch.setattr(linear_module, "_unread_outputs", note)
+    loss = training_loss(decoder, random_tokens(COUNT), recompute=4)
+    assert not outputs  # the first run computes everything
+    loss.backward()
+    assert len(outputs) == 4 * len(left_out)
+    assert all(out.isnan().all() for out in outputs)
 
 
 def test_recomputed_layers_keep_one_tensor_each() -> None:

@@ -2,7 +2,9 @@
 
 PyTorch multiplies 16-bit matrices fast only where the processor multiplies 16-bit numbers. On all
 others our kernels widen the factors to float32 as they pack them and multiply those: the products
-of 16-bit numbers are exact there, and the sum is rounded once.
+of 16-bit numbers are exact there, and the sum is rounded once. They also make every product of two
+factors of one 16-bit dtype that is wanted in float32, as the gradient of a float32 factor of an
+adapter is: PyTorch would round it to 16 bits first.
 
 Dimension key: M rows, K summed over, N columns.
 
@@ -20,6 +22,8 @@ from halfbyte.kernels.decode import linear_rows
 
 FEW_ROWS = 8
 """Packing the other factor pays from here on; below, it is read as it stands."""
+
+_SIXTEEN_BITS = frozenset({torch.bfloat16, torch.float16})
 
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define(
@@ -65,13 +69,14 @@ def matmul(
         a_MK: float32, bfloat16 or float16; any strides.
         b_KN: The same. PyTorch, where it runs, rounds `a` to the dtype of `b`.
         bias_N: Of the dtype of the result, or None.
-        dtype: Of the result; by default that of `b`.
+        dtype: Of the result; by default that of `b`. Where PyTorch runs, the result is rounded to
+            that of `b` first.
 
     Returns:
         `[M, N]`.
     """
     dtype = dtype or b_KN.dtype
-    if multiplied_here(a_MK, b_KN):
+    if multiplied_here(a_MK, b_KN, dtype):
         c_MN = activation(b_KN, (a_MK.shape[0], b_KN.shape[1]), dtype)
         _matmul_into_(c_MN, a_MK, b_KN, bias_N, 1.0, 0.0)
         return c_MN
@@ -89,11 +94,11 @@ def matmul_add_(c_MN: Tensor, a_MK: Tensor, b_KN: Tensor, *, alpha: float = 1.0)
 
     Args:
         c_MN: Changed in place; elements of a row are adjacent.
-        a_MK: Of the same dtype; any strides.
-        b_KN: Of the same dtype; any strides.
+        a_MK: Of the same dtype where PyTorch runs; any strides.
+        b_KN: The same.
         alpha: Multiplies the product.
     """
-    if multiplied_here(a_MK, b_KN):
+    if multiplied_here(a_MK, b_KN, c_MN.dtype):
         _matmul_into_(c_MN, a_MK, b_KN, None, alpha, 1.0)
     else:
         c_MN.addmm_(a_MK, b_KN, alpha=alpha)
@@ -121,10 +126,16 @@ def _is_few_rows(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def multiplied_here(a_MK: Tensor, b_KN: Tensor) -> bool:
-    """Whether our kernels multiply these faster than PyTorch."""
-    return (
-        a_MK.shape[0] >= FEW_ROWS
-        and a_MK.device.type == "cpu"
-        and b_KN.dtype in backends.gemm_dtypes()
-    )
+def multiplied_here(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether our kernels multiply these better than PyTorch.
+
+    Args:
+        a_MK: Any float dtype.
+        b_KN: The same.
+        dtype: Of the result; by default that of `b`.
+    """
+    if a_MK.device.type != "cpu":
+        return False
+    if dtype == torch.float32 and a_MK.dtype == b_KN.dtype and b_KN.dtype in _SIXTEEN_BITS:
+        return backends.native_in_use()
+    return a_MK.shape[0] >= FEW_ROWS and b_KN.dtype in backends.gemm_dtypes()

@@ -31,6 +31,7 @@ from halfbyte.layers.lora import (
 )
 from halfbyte.layers.matmul import bind, multiply, multiply_transposed
 from halfbyte.layers.recipe import Recipe, Restore, saved_for
+from halfbyte.layers.recompute import in_second_run
 from halfbyte.layers.weights import WeightRef, WeightStore
 
 
@@ -95,10 +96,15 @@ class Linear:
         return self.bank.pop(name)
 
     def __call__(
-        self, x_TI: Tensor, routing: Routing = NO_ADAPTERS, recipe: Recipe | None = None
+        self,
+        x_TI: Tensor,
+        routing: Routing = NO_ADAPTERS,
+        recipe: Recipe | None = None,
+        *,
+        unread: bool = False,
     ) -> Tensor:
         """`[T, O]`; see `project`."""
-        return project(x_TI, (self,), routing, recipe)[0]
+        return project(x_TI, (self,), routing, recipe, unread=unread)[0]
 
 
 def project(
@@ -106,6 +112,8 @@ def project(
     linears: Sequence[Linear],
     routing: Routing = NO_ADAPTERS,
     recipe: Recipe | None = None,
+    *,
+    unread: bool = False,
 ) -> tuple[Tensor, ...]:
     """Outputs `[T, O]` of linears that share an input, adapters included.
 
@@ -118,6 +126,7 @@ def project(
         linears: All with `I` input features.
         routing: Which rows use which adapters.
         recipe: How the backward gets `x` again; without one, `x` is kept.
+        unread: No backward reads the outputs: computed again, they are NaN and cost nothing.
 
     Raises:
         UsageError: Gradients are wanted while rows of the batch use different adapters, or both
@@ -131,10 +140,12 @@ def project(
                 raise UsageError(
                     f"{linears[0].path}: both the weight and its adapters want training"
                 )
-            return tuple(_trainable_forward(x_TI, linear, recipe) for linear in linears)
+            return tuple(
+                _trainable_forward(x_TI, linear, recipe, unread=unread) for linear in linears
+            )
         if x_TI.requires_grad or trainable:
             factors = [f for t in terms for f in (t.factors.a_RI, t.factors.b_OR)]
-            group = Group(tuple(linears), tuple(terms), routing.dropout_seed)
+            group = Group(tuple(linears), tuple(terms), routing.dropout_seed, unread)
             return apply_many(_GroupProjection, x_TI, group, recipe, *factors)
     outputs = tuple(_forward(x_TI, linear) for linear in linears)
     for part in routing.routes:
@@ -183,7 +194,14 @@ def _is_trainable(linear: Linear) -> bool:
     return isinstance(weight, Tensor) and weight.requires_grad
 
 
-def _trainable_forward(x_TI: Tensor, linear: Linear, recipe: Recipe | None) -> Tensor:
+def _unread_outputs(x_TI: Tensor, linear: Linear) -> Tensor:
+    """`[T, O]` without memory."""
+    return x_TI.new_full((), torch.nan).expand(x_TI.shape[0], linear.out_features)
+
+
+def _trainable_forward(
+    x_TI: Tensor, linear: Linear, recipe: Recipe | None, *, unread: bool
+) -> Tensor:
     weight = linear.store.acquire(linear.weight)
     bias = None if linear.bias is None else linear.store.acquire(linear.bias)
     assert isinstance(weight, Tensor)  # noqa: S101  (checked by the caller)
@@ -194,6 +212,7 @@ def _trainable_forward(x_TI: Tensor, linear: Linear, recipe: Recipe | None) -> T
         weight.to(x_TI.dtype),
         None if bias is None else bias.to(x_TI.dtype),
         recipe,
+        _unread_outputs(x_TI, linear) if unread and in_second_run() else None,
     )
 
 
@@ -205,19 +224,21 @@ class _TrainableProjection(torch.autograd.Function):
         weight_OI: Tensor,
         bias_O: Tensor | None,
         recipe: Recipe | None,
+        unread_TO: Tensor | None,
     ) -> Tensor:
         saved, ctx.kept = saved_for(x_TI, recipe)
         ctx.save_for_backward(weight_OI, *saved)
-        return matmul(x_TI, weight_OI.T, bias_O)
+        return matmul(x_TI, weight_OI.T, bias_O) if unread_TO is None else unread_TO
 
     @staticmethod
     def backward(ctx: Context, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         weight_OI, *saved = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         return (
             matmul(grad_TO, weight_OI) if wants_x else None,
             matmul(grad_TO.T, ctx.kept(saved)) if wants_weight else None,
             grad_TO.sum(dim=0) if wants_bias else None,
+            None,
             None,
         )
 
@@ -230,11 +251,13 @@ class Group:
         linears: They share an input.
         terms: Updates in use.
         dropout_seed: Of the step, or None.
+        unread: As in `project`.
     """
 
     linears: tuple[Linear, ...]
     terms: tuple[Term, ...]
     dropout_seed: int | None
+    unread: bool
 
     def dropout_of(self, term: Term) -> float:
         """Dropout of the term's input: frozen updates, and evaluation, have none."""
@@ -276,7 +299,9 @@ class _GroupProjection(torch.autograd.Function):
         ctx: Context, x_TI: Tensor, group: Group, recipe: Recipe | None, *factors: Tensor
     ) -> tuple[Tensor, ...]:
         dtype = x_TI.dtype
-        outputs = [_forward(x_TI, linear) for linear in group.linears]
+        left_out = group.unread and in_second_run()
+        forward = _unread_outputs if left_out else _forward
+        outputs = [forward(x_TI, linear) for linear in group.linears]
         hidden: dict[int, Tensor] = {}
         for probability, members in group.bundles().items():
             dropped = _times(x_TI, group.keep(x_TI, probability))
@@ -285,10 +310,11 @@ class _GroupProjection(torch.autograd.Function):
             for i, h_TR in zip(
                 members, matmul(dropped, stacked.T).split(ranks, dim=1), strict=True
             ):
-                term = group.terms[i]
-                b_OR = factors[2 * i + 1].to(dtype)
-                matmul_add_(outputs[term.output], h_TR, b_OR.T, alpha=term.scale)
                 hidden[i] = h_TR
+                if not left_out:
+                    term = group.terms[i]
+                    b_OR = factors[2 * i + 1].to(dtype)
+                    matmul_add_(outputs[term.output], h_TR, b_OR.T, alpha=term.scale)
         saved, restore = saved_for(x_TI, recipe)
         ctx.kept = group, restore
         # The input is needed for the gradient of A only.

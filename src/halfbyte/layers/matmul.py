@@ -46,14 +46,16 @@ def add_weight_gradient(total_OI: Tensor, grad_TO: Tensor, x_TI: Tensor) -> None
     Where `grad` has another dtype than `x`, it is rounded to that first unless our kernels
     multiply.
     """
-    if multiplied_here(grad_TO.T, x_TI) or grad_TO.dtype == x_TI.dtype == total_OI.dtype:
+    if not multiplied_here(grad_TO.T, x_TI, total_OI.dtype):
+        grad_TO = grad_TO.to(x_TI.dtype)
+    if multiplied_here(grad_TO.T, x_TI, total_OI.dtype) or x_TI.dtype == total_OI.dtype:
         matmul_add_(total_OI, grad_TO.T, x_TI)
     else:
-        total_OI += matmul(grad_TO.to(x_TI.dtype).T, x_TI, dtype=torch.float32)
+        total_OI += matmul(grad_TO.T, x_TI, dtype=torch.float32)
 
 
 def write_product(out_TO: Tensor, x_TI: Tensor, weight_OI: Weight) -> None:
-    """`out = x Wᵀ`, in the dtype of `out`: without a rounding to that of `x` where possible."""
+    """`out = x Wᵀ`, in the dtype of `out`; PyTorch, where it multiplies, rounds to that of `x`."""
     if isinstance(weight_OI, Tensor) and multiplied_here(x_TI, weight_OI):
         matmul_into_(out_TO, x_TI, weight_OI.T)
     elif isinstance(weight_OI, Tensor) and out_TO.dtype == x_TI.dtype == weight_OI.dtype:

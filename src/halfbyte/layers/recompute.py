@@ -5,6 +5,7 @@ than several layers of a small model keep.
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from weakref import ref
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 DIFFERENT = "a part saved other tensors when it was computed again"
+_second_run: ContextVar[bool] = ContextVar("second_run", default=False)
 
 
 def recomputed(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -30,6 +32,11 @@ def recomputed(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     again = _Again(part, x)
     with saved_tensors_hooks(again.count, again.restore):
         return part(x)
+
+
+def in_second_run() -> bool:
+    """Whether a part is being computed again: what its backward does not read may be left out."""
+    return _second_run.get()
 
 
 class _Place:
@@ -85,11 +92,14 @@ class _Again:
                 raise _AllRestored
 
         x = self._x.detach().requires_grad_(self._has_gradient)
+        token = _second_run.set(True)
         with torch.enable_grad(), saved_tensors_hooks(fill, _refuse):
             try:
                 self._part(x)
             except _AllRestored:
                 return
+            finally:
+                _second_run.reset(token)
 
 
 def _refuse(_: None) -> Tensor:

@@ -109,7 +109,9 @@ class DecoderLayer:
         routing = shared.routing
         gate, up = project(normal_TD, self.gates, routing, self.mlp_norm.recipe(x_TD))
         again = gated_recipe(gate, up, self.activation)
-        update = self.down(gated(gate, up, self.activation), routing, again)
+        # What is added to the stream is read by no backward, unless it is normalized first.
+        unread = self.post_mlp_norm is None
+        update = self.down(gated(gate, up, self.activation), routing, again, unread=unread)
         if self.post_mlp_norm is not None:
             update = self.post_mlp_norm(update)
         return x_TD + update

@@ -1,5 +1,5 @@
-// Attention in bfloat16 where the processor multiplies pairs of bfloat16 numbers and adds both
-// products to a float (vdpbf16ps), at twice the rate of float products or better.
+// Attention in bfloat16 where one instruction multiplies two pairs of bfloat16 numbers and adds
+// both products to a float (pairs.h).
 //
 // Queries, keys, values and the gradient of the output are multiplied as they are. Weights, and
 // gradients of scores, are rounded to bfloat16 before they are multiplied; all sums, exponentials
@@ -8,22 +8,10 @@
 #pragma once
 
 #include "attention_softmax.h"
+#include "pairs.h"
 
 namespace halfbyte::HALFBYTE_ISA {
 namespace {
-
-// Two bfloat16 numbers, the earlier one in the lower half.
-using Pair = uint32_t;
-
-template <>
-struct Units<Pair> {
-  static constexpr int64_t kTerms = 2;
-  static Floats spread(Pair x) { return (Floats)_mm512_set1_epi32(int(x)); }
-  static Floats multiply_add(Floats a, Floats b, Floats sums) {
-    // The second factor is the one that can be spread as it is read.
-    return _mm512_dpbf16_ps(sums, (__m512bh)b, (__m512bh)a);
-  }
-};
 
 // Lanes of the register that begins at key n which are among keys [first, last).
 Ints lanes_within(int64_t n, int64_t first, int64_t last) {
@@ -48,9 +36,10 @@ void store_column(Pair* p, Floats earlier, Floats later) {
 // Where the rows of a piece stand, one after the other.
 class RowReader {
  public:
-  RowReader(const Heads& source, const Piece& piece)
+  RowReader(const Heads& source, const Piece& piece, int64_t features)
       : source_(source),
         piece_(piece),
+        features_(features),
         token_(static_cast<const uint16_t*>(source.data) + piece.token * source.token_stride +
                piece.head * source.head_stride) {}
 
@@ -59,8 +48,7 @@ class RowReader {
     // Rows of other heads lie between ours, which is more than the processor foresees.
     constexpr int64_t kTokensAhead = 4;
     const int64_t ahead = smaller(kTokensAhead, piece_.tokens - 1 - at_) * source_.token_stride;
-    __builtin_prefetch(row + ahead);
-    __builtin_prefetch(row + ahead + 32);
+    for (int64_t i = 0; i < features_; i += 32) __builtin_prefetch(row + ahead + i);
     if (++head_ == piece_.heads) {
       head_ = 0;
       ++at_;
@@ -72,6 +60,7 @@ class RowReader {
  private:
   const Heads& source_;
   const Piece& piece_;
+  const int64_t features_;
   const uint16_t* token_;
   int64_t at_ = 0, head_ = 0;
 };
@@ -82,30 +71,21 @@ struct PairProducts {
 
   static void load_rows(const Attention& a, const Heads& source, const Piece& piece, float,
                         Pair* rows) {
-    RowReader reader(source, piece);
+    RowReader reader(source, piece, a.head_dim);
     for (int64_t m = 0; m < piece.tokens * piece.heads; ++m, rows += a.feature_stride()) {
-      if (a.head_dim % 2 != 0) rows[a.head_dim / 2] = 0;  // the half that no feature fills
-      __builtin_memcpy(rows, reader.next(), size_t(a.head_dim) * sizeof(uint16_t));
+      pair_adjacent(reader.next(), a.head_dim, rows);
     }
   }
 
   // An odd last row is paired with zeros; zeros up to a whole number of registers.
   static void load_columns(const Attention& a, const Heads& source, const Piece& piece,
                            Pair* columns) {
-    RowReader reader(source, piece);
+    RowReader reader(source, piece, a.head_dim);
     const int64_t rows = piece.tokens * piece.heads, padded = pad_to_lanes(a.head_dim);
     for (int64_t m = 0; m < rows; m += 2, columns += a.feature_stride()) {
       const uint16_t* earlier = reader.next();
-      const bool paired = m + 1 < rows;
-      const uint16_t* later = paired ? reader.next() : earlier;
-      const Ints kept = Ints{} + (paired ? -1 : 0);
-      int64_t i = 0;
-      for (; i + kLanes <= a.head_dim; i += kLanes) {
-        const Ints units = widen(earlier + i) | ((widen(later + i) & kept) << 16);
-        __builtin_memcpy(columns + i, &units, sizeof units);
-      }
-      for (; i < a.head_dim; ++i) columns[i] = earlier[i] | (paired ? Pair(later[i]) << 16 : 0);
-      for (; i < padded; ++i) columns[i] = 0;
+      pair_rows(earlier, m + 1 < rows ? reader.next() : nullptr, a.head_dim, columns);
+      for (int64_t i = a.head_dim; i < padded; ++i) columns[i] = 0;
     }
   }
 
@@ -121,7 +101,7 @@ struct PairProducts {
         for (int64_t m = 0; m < count; ++m) square[m] = load_units(rows + (n + m) * stride + i);
         transpose(square);
         for (int64_t m = 0; m < smaller(kLanes, units - i); ++m) {
-          __builtin_memcpy(keys + (i + m) * kKeyStride + n, &square[m], sizeof square[m]);
+          store_units(keys + (i + m) * kKeyStride + n, square[m]);
         }
       }
     }

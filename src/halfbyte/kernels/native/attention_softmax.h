@@ -13,9 +13,10 @@ const float kMinusInfinity = -__builtin_inff();
 
 // What is the same for a whole call.
 struct Constants {
-  float query_factor;  // in the queries, and
-  float score_factor;  // in products of queries and keys: what these are then, is scores, or half
-                       // the argument of tanh, in powers of two
+  // The products of queries and keys times both of these are scores in powers of two, or with a
+  // softcap twice the argument of tanh.
+  float query_factor;  // in the queries
+  float score_factor;  // in the products
   float key_factor;    // turns sums of score gradients times queries into key gradients
   bool capped;
   float cap;  // softcap * log2(e)

@@ -178,6 +178,7 @@ const Kernels kAvx2 = {
     .gemm_pack_columns = avx2::gemm_pack_columns,
     .gemm_block = avx2::gemm_block,
     .gemm_preferred = {false, true, true},
+    .gemm_pairs = false,
     .few_rows = {128, 64, 128},
 };
 

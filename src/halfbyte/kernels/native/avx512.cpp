@@ -236,6 +236,7 @@ const Kernels kAvx512Bf16 = {
     .gemm_pack_columns = avx512::gemm_pack_columns,
     .gemm_block = avx512::gemm_block,
     .gemm_preferred = {false, false, false},
+    .gemm_pairs = true,
     .few_rows = {256, 64, INT64_MAX},
 };
 

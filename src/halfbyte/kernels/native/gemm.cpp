@@ -47,31 +47,32 @@ const char* element_at(const View& view, int64_t row, int64_t column) {
 }
 
 // Columns [first, last) of a dense b into strips.
-void pack(const Operand& b, int64_t first, int64_t last, float* strips) {
+void pack(const Operand& b, bool paired, int64_t first, int64_t last, float* strips) {
   const Kernels& with = kernels();
-  const int64_t depth = b.rows;
+  const int64_t depth = b.rows, terms = paired ? 2 : 1, units = ceil_div(depth, terms);
   if (b.transposed) {
-    const int64_t units = ceil_div(last - first, kGemmColumnUnit);
     const int64_t grain = std::max<int64_t>(1, kPackGrain / (kGemmColumnUnit * depth + 1));
-    run_range(units, grain, [&](int64_t begin, int64_t end) {
+    run_range(ceil_div(last - first, kGemmColumnUnit), grain, [&](int64_t begin, int64_t end) {
       const int64_t column = first + begin * kGemmColumnUnit;
       const int64_t columns = std::min(first + end * kGemmColumnUnit, last) - column;
       with.gemm_pack_columns({element_at(b.view, column, 0), b.view.dtype, b.view.row_stride},
-                             columns, depth, strips + (column - first) * depth);
+                             paired, columns, depth, strips + (column - first) * units);
     });
     return;
   }
   const int64_t grain = std::max<int64_t>(1, kPackGrain / (last - first + 1));
-  run_range(depth, grain, [&](int64_t begin, int64_t end) {
-    with.gemm_pack_rows({element_at(b.view, begin, first), b.view.dtype, b.view.row_stride}, begin,
-                        end - begin, depth, last - first, strips);
+  run_range(units, grain, [&](int64_t begin, int64_t end) {
+    const int64_t row = begin * terms;
+    with.gemm_pack_rows({element_at(b.view, row, first), b.view.dtype, b.view.row_stride}, paired,
+                        row, std::min(end * terms, depth) - row, depth, last - first, strips);
   });
 }
 
-// Calls multiply(first, last, strips) for as many columns at a time as the workspace holds.
+// Calls multiply(first, last, strips) for as many columns at a time as the workspace holds, each of
+// `units` along the depth.
 template <typename Multiply>
-void for_column_chunks(int64_t depth, int64_t columns, Multiply multiply) {
-  const int64_t column_bytes = std::max<int64_t>(1, depth) * int64_t(sizeof(float));
+void for_column_chunks(int64_t units, int64_t columns, Multiply multiply) {
+  const int64_t column_bytes = std::max<int64_t>(1, units) * int64_t(sizeof(float));
   const int64_t fitting = workspace_limit() / column_bytes / kGemmColumnUnit * kGemmColumnUnit;
   const int64_t chunk = std::clamp(fitting, kGemmColumnUnit, round_up(columns, kGemmColumnUnit));
   const Workspace workspace(chunk * column_bytes);
@@ -81,11 +82,12 @@ void for_column_chunks(int64_t depth, int64_t columns, Multiply multiply) {
 }
 
 // The part of `c` that columns [first, last) make.
-Gemm part_of(const Operand& a, const float* strips, const Target& c, int64_t first) {
+Gemm part_of(const Operand& a, const float* strips, bool paired, const Target& c, int64_t first) {
   const int64_t bytes = c.dtype == DType::kFloat32 ? 4 : 2;
   return {a.view,
           a.transposed,
           strips,
+          paired,
           a.columns,
           c.alpha,
           c.beta,
@@ -100,9 +102,12 @@ Gemm part_of(const Operand& a, const float* strips, const Target& c, int64_t fir
 bool gemm_preferred(DType dtype) { return kernels().gemm_preferred[static_cast<int>(dtype)]; }
 
 void multiply_dense(const Operand& a, const Operand& b, const Target& c) {
-  for_column_chunks(a.columns, b.columns, [&](int64_t first, int64_t last, float* strips) {
-    pack(b, first, last, strips);
-    run(part_of(a, strips, c, first), a.rows, last - first);
+  const bool paired =
+      kernels().gemm_pairs && a.view.dtype == DType::kBFloat16 && b.view.dtype == DType::kBFloat16;
+  const int64_t units = paired ? ceil_div(a.columns, 2) : a.columns;
+  for_column_chunks(units, b.columns, [&](int64_t first, int64_t last, float* strips) {
+    pack(b, paired, first, last, strips);
+    run(part_of(a, strips, paired, c, first), a.rows, last - first);
   });
 }
 
@@ -120,11 +125,11 @@ void multiply_by_transposed_weight(const Operand& a, const Quantized& weight, in
         const int64_t columns = std::min(column + kGemmColumnUnit, last) - column;
         with.dequantize_4bit(weight, column * depth, (column + columns) * depth, a.view.dtype,
                              decoded);
-        with.gemm_pack_columns({decoded, a.view.dtype, depth}, columns, depth,
+        with.gemm_pack_columns({decoded, a.view.dtype, depth}, false, columns, depth,
                                strips + (column - first) * depth);
       }
     });
-    run(part_of(a, strips, c, first), a.rows, last - first);
+    run(part_of(a, strips, false, c, first), a.rows, last - first);
   });
 }
 
@@ -140,10 +145,10 @@ void multiply_by_weight(const Operand& a, const Quantized& weight, int64_t in_fe
       for (int64_t k = begin; k < end; ++k) {
         with.dequantize_4bit(weight, k * in_features + first, k * in_features + last, a.view.dtype,
                              decoded);
-        with.gemm_pack_rows({decoded, a.view.dtype, width}, k, 1, depth, width, strips);
+        with.gemm_pack_rows({decoded, a.view.dtype, width}, false, k, 1, depth, width, strips);
       }
     });
-    run(part_of(a, strips, c, first), a.rows, width);
+    run(part_of(a, strips, false, c, first), a.rows, width);
   });
 }
 

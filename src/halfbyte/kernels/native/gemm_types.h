@@ -13,8 +13,8 @@ struct View {
   int64_t row_stride;
 };
 
-// The block of C that a task owns at most, and how many columns of A it widens at a time: the
-// widened rows and the sums stay in a core's second-level cache, a strip of B in its first.
+// The block of C that a task owns at most, and how many units of the depth it packs at a time: the
+// packed rows and the sums stay in a core's second-level cache, a strip of B in its first.
 constexpr int64_t kGemmRows = 96;
 constexpr int64_t kGemmColumns = 384;
 constexpr int64_t kGemmDepth = 384;
@@ -28,6 +28,7 @@ struct Gemm {
   View a;  // [rows, depth]; with a_transposed its rows are those of a^T
   bool a_transposed;
   const float* packed;  // b [depth, columns] in strips, the last one filled up with zeros
+  bool paired;          // a and b are bfloat16, and their units are pairs
   int64_t depth;
   float alpha, beta;
   const void* bias;  // [columns] of c's dtype, or nullptr

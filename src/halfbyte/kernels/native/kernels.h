@@ -76,11 +76,14 @@ struct Kernels {
 
   // Products of matrices of any float dtype: gemm.h. `gemm_preferred` says for which dtypes,
   // float32, bfloat16 and float16, they are faster than PyTorch's: measured, see docs/kernels.md.
-  void (*gemm_pack_rows)(const View& b, int64_t first, int64_t rows, int64_t depth, int64_t columns,
-                         float* strips);
-  void (*gemm_pack_columns)(const View& bt, int64_t columns, int64_t depth, float* strips);
+  // `gemm_pairs` says whether products of two bfloat16 matrices can be `paired`.
+  void (*gemm_pack_rows)(const View& b, bool paired, int64_t first, int64_t rows, int64_t depth,
+                         int64_t columns, float* strips);
+  void (*gemm_pack_columns)(const View& bt, bool paired, int64_t columns, int64_t depth,
+                            float* strips);
   void (*gemm_block)(const Gemm& gemm, const GemmBlock& block, float* scratch);
   bool gemm_preferred[3];
+  bool gemm_pairs;
 
   // The most rows for which `linear` is faster than filling a workspace for PyTorch's matmul,
   // for float32, bfloat16 and float16: measured, see docs/kernels.md.

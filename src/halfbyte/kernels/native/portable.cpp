@@ -85,6 +85,7 @@ const Kernels kPortable = {
     .gemm_pack_columns = portable::gemm_pack_columns,
     .gemm_block = portable::gemm_block,
     .gemm_preferred = {false, true, true},
+    .gemm_pairs = false,
     .few_rows = {16, 64, INT64_MAX},
 };
 
