@@ -154,6 +154,9 @@ void _mm512_storeu_si512(void* p, __m512i v) { std::memcpy(p, &v, sizeof v); }
 __m512 _mm512_maskz_loadu_ps(__mmask16 m, const void* p) {
   return load_masked<float, __m512>(m, p);
 }
+__m512i _mm512_mask_loadu_epi32(__m512i otherwise, __mmask16 m, const void* p) {
+  return choose<int32_t>(m, load_masked<int32_t, __m512i>(m, p), otherwise);
+}
 __m256i _mm256_maskz_loadu_epi16(__mmask16 m, const void* p) {
   return load_masked<int16_t, __m256i>(m, p);
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.cli import app
+from halfbyte.cli.run_config import read_run_config
 from halfbyte.cli.run_view import RunView
 from training.tiny_run import make_data, make_model
 
@@ -19,6 +20,35 @@ def arguments(tmp_path: Path) -> list[str]:
     model, data = make_model(tmp_path / "model"), make_data(tmp_path / "data.jsonl")
     out = tmp_path / "run"
     return ["train", *SMALL, "--model", str(model), "--data", str(data), "--out", str(out)]
+
+
+def test_every_setting_is_listed_as_the_document_has_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert app.run(["train", "--settings"]) == 0
+    listed = capsys.readouterr().out
+    document = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert document.split("```text\n")[1].removesuffix("```\n") == listed, (
+        "docs/settings.md is not what `halfbyte train --settings` prints"
+    )
+    assert "lora.rank = 16\n    Rank of the update, R.\n" in listed
+    assert "data.train (needed)\n" in listed
+    assert "optimizer.betas = [0.9, 0.999]\n" in listed
+    assert app.run(["train", "--settings", "--json"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(record["meaning"] for record in records)
+    (scheduler,) = [record for record in records if record["name"] == "training.scheduler"]
+    assert scheduler["default"] == "cosine"
+    assert scheduler["choices"] == ["constant", "linear", "cosine"]
+
+
+def test_the_config_in_the_document_is_one(tmp_path: Path) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
+    file = tmp_path / "run.yaml"
+    file.write_text(document.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    config = read_run_config([str(file), "lora.rank=8"], {})
+    assert (config.lora.rank, config.data.max_length) == (8, 1024)
+    assert config.training.learning_rate == 1e-4
 
 
 def test_a_run_from_options(

@@ -48,6 +48,9 @@ def merge(
     probe: Annotated[
         str | None, typer.Option(help="Text to judge the result by; others than those trained on.")
     ] = None,
+    data_format: Annotated[
+        str, typer.Option(help="How rows of these texts are read, as data.format of a run.")
+    ] = "auto",
     residual_rank: Annotated[
         int, typer.Option(help="Keep a residual adapter of this rank beside a 4-bit model.")
     ] = 0,
@@ -84,6 +87,7 @@ def merge(
                     base_weights=base_weights,
                     calibration=calibration,
                     probe=probe,
+                    data_format=data_format,
                     residual_rank=residual_rank,
                     limits=Limits(max_divergence, min_gain),
                     accept=accept,

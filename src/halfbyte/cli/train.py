@@ -1,11 +1,12 @@
 """`halfbyte train`: from a config, or from a few options, to a trained adapter."""
 
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from halfbyte.cli.output import current_output
+from halfbyte.cli.output import Output, current_output
 from halfbyte.cli.parsing import example, new_app
 from halfbyte.cli.run_config import read_run_config
 from halfbyte.cli.run_view import finish, finish_merge, watch
@@ -37,6 +38,9 @@ def train(
     on_top_of: Annotated[
         str | None, typer.Option(help="An adapter or stack to keep frozen below the new one.")
     ] = None,
+    settings: Annotated[
+        bool, typer.Option("--settings", help="List every setting with its default, and leave.")
+    ] = False,
 ) -> None:
     """Fine-tune a model on a data file.
 
@@ -44,6 +48,9 @@ def train(
     (or SIGTERM) saves a checkpoint and exits with 75; `halfbyte resume` goes on from there, and
     from any crash, with the same results.
     """
+    if settings:
+        print_settings(current_output())
+        return
     flags = {
         "model": model,
         "data.train": data,
@@ -57,3 +64,23 @@ def train(
         result = start(config, observer)
     finish(current_output(), result)
     finish_merge(current_output(), result)
+
+
+def print_settings(output: Output) -> None:
+    """A line for each setting, and below it what it does."""
+    from halfbyte.training.settings import describe_settings
+
+    for setting in describe_settings():
+        value = " (needed)" if setting.needed else f" = {setting.default}"
+        choices = f"    one of {', '.join(setting.choices)}" if setting.choices else ""
+        output.text(f"{setting.name}{value}{choices}")
+        output.text(textwrap.indent(textwrap.fill(setting.meaning, 92), "    "))
+        output.emit(
+            {
+                "name": setting.name,
+                "needed": setting.needed,
+                "default": setting.default,
+                "choices": list(setting.choices),
+                "meaning": setting.meaning,
+            }
+        )

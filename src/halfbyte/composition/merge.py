@@ -15,6 +15,7 @@ from halfbyte.composition.certificate import Certificate, Limits, MergeRefusedEr
 from halfbyte.composition.four_bit_merge import RESIDUAL_DIRECTORY
 from halfbyte.composition.merge_job import MergeJob, Outcome, Progress, adapter_rank
 from halfbyte.composition.texts import Text, Texts
+from halfbyte.data.formats import AUTO, parse_format
 from halfbyte.errors import UsageError
 from halfbyte.formats.shards import DEFAULT_SHARD_BYTES
 from halfbyte.memory.allocator import return_freed_memory
@@ -55,6 +56,7 @@ def merge(
     base_weights: str | Path | None = None,
     calibration: str | Path | None = None,
     probe: str | Path | None = None,
+    data_format: str = AUTO,
     residual_rank: int = 0,
     limits: Limits | None = None,
     accept: bool = False,
@@ -75,6 +77,7 @@ def merge(
             is best. In any format that can be trained on; by default a short one of ours.
         probe: The text that the result is judged by; by default another short one of ours.
             Documents of it are left out of the calibration.
+        data_format: How rows of these texts are read, as the setting `data.format` of a run.
         residual_rank: Keep a residual of this rank beside a 4-bit model, in `out/residual`.
         limits: Beyond these the merge is refused.
         accept: Write it nevertheless, and record that.
@@ -95,7 +98,7 @@ def merge(
     require_apart(out, model, *(p for p in (adapter, base_weights) if isinstance(p, str | Path)))
     inputs = open_merge(model, adapter, base_weights=base_weights)
     _check_rank(residual_rank, inputs.adapter)
-    texts = Texts.read(inputs.base, calibration, probe)
+    texts = Texts.read(inputs.base, calibration, probe, parse_format(data_format))
     return_freed_memory()  # logits and searched weights come and go by the hundred
     begin = time.monotonic()
     try:

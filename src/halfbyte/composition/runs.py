@@ -61,6 +61,7 @@ def merge_result(result: RunResult) -> RunResult:
         dtype=config.output.merge,
         calibration=config.data.train if config.output.merge == "nf4" else None,
         probe=config.data.eval,
+        data_format=config.data.format,
         replace=True,
     )
     return replace(result, merged=merged.path)

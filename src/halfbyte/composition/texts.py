@@ -7,6 +7,7 @@ import numpy as np
 
 from halfbyte.data.batch import Batch, build_batch
 from halfbyte.data.dataset import Dataset
+from halfbyte.data.formats import Format
 from halfbyte.data.options import DataOptions, Overlong
 from halfbyte.data.read import load_dataset
 from halfbyte.errors import DataError
@@ -72,20 +73,23 @@ class Text:
         return [build_batch(self.dataset, documents) for documents in found]
 
 
-def read_text(location: str | Path | None, own: Path, tokenizer: Tokenizer) -> Text:
+def read_text(
+    location: str | Path | None, own: Path, tokenizer: Tokenizer, data_format: Format | None
+) -> Text:
     """Read a text; loss is on answers only where there are questions.
 
     Args:
         location: A file, folder or glob in any format that can be trained on; None for `own`.
         own: Our text.
         tokenizer: Of the model.
+        data_format: How rows at `location` are read; None means found from their fields.
 
     Raises:
         DataError: Rows cannot be used, or there are none.
         MissingFileError: Nothing is at `location`.
     """
     options = DataOptions(
-        format=None,
+        format=None if location is None else data_format,
         max_length=MAX_DOCUMENT_TOKENS,
         overlong=Overlong.TRUNCATE,
         train_on_prompt=False,
@@ -112,7 +116,13 @@ class Texts:
     notes: tuple[str, ...]
 
     @classmethod
-    def read(cls, model: Path, calibration: str | Path | None, probe: str | Path | None) -> "Texts":
+    def read(
+        cls,
+        model: Path,
+        calibration: str | Path | None,
+        probe: str | Path | None,
+        data_format: Format | None = None,
+    ) -> "Texts":
         """Read both, or take our own.
 
         Raises:
@@ -120,8 +130,8 @@ class Texts:
             DataError: Rows cannot be used, or all of the calibration is in the probe.
         """
         tokenizer = Tokenizer.load(model)
-        judge = read_text(probe, OWN_PROBE, tokenizer).limited(MAX_PROBE_TOKENS)
-        whole = read_text(calibration, OWN_CALIBRATION, tokenizer)
+        judge = read_text(probe, OWN_PROBE, tokenizer, data_format).limited(MAX_PROBE_TOKENS)
+        whole = read_text(calibration, OWN_CALIBRATION, tokenizer, data_format)
         rest = whole.without(judge)
         if not len(rest.dataset):
             raise DataError(

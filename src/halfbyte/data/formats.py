@@ -10,6 +10,7 @@ from enum import StrEnum
 
 from halfbyte.data.problems import Problems
 from halfbyte.data.rows import Row
+from halfbyte.errors import UsageError
 
 FLAG = "data.format"
 
@@ -23,6 +24,23 @@ class Format(StrEnum):
     ALPACA = "alpaca"
     TEXT = "text"
     TOKENS = "tokens"
+
+
+AUTO = "auto"
+"""What stands for the format that the fields of the rows tell."""
+
+
+def parse_format(name: str) -> Format | None:
+    """The format of that name; None for `auto`.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if name == AUTO:
+        return None
+    if name not in list(Format):
+        raise UsageError(f"{FLAG}: one of {AUTO}, {', '.join(Format)} expected, found {name!r}")
+    return Format(name)
 
 
 MEANINGS = {

@@ -1,6 +1,6 @@
 """From the `data` section of a config to what reads the data."""
 
-from halfbyte.data.formats import Format
+from halfbyte.data.formats import parse_format
 from halfbyte.data.options import DataOptions, Overlong
 from halfbyte.training.config import DataSection
 
@@ -8,7 +8,7 @@ from halfbyte.training.config import DataSection
 def data_options(section: DataSection) -> DataOptions:
     """How the section wants rows to be read."""
     return DataOptions(
-        format=None if section.format == "auto" else Format(section.format),
+        format=parse_format(section.format),
         max_length=section.max_length,
         overlong=Overlong(section.overlong),
         train_on_prompt=section.train_on_prompt,

@@ -10,7 +10,6 @@ namespace {
 
 constexpr int64_t kKeyStride = Attention::kKeyStride;
 
-int64_t pad_to_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // A block of rows against a block of keys: row m sees keys [first[m], last[m]) of the block.

@@ -141,15 +141,31 @@ class BlockTable<DType::kBFloat16> {
   }
   __m512i scaled(float scale) const { return _mm512_broadcast_i64x4(row(scale)); }
 
+  // Whether all of these scales are plain.
+  bool plain(const float* scales, int64_t count) const {
+    const __m512i mask = _mm512_set1_epi32(int(kAbsMask)), low = _mm512_set1_epi32(int(low_));
+    __m512i largest = _mm512_setzero_si512();
+    for (int64_t i = 0; i < count; i += 16) {
+      // Lanes beyond the end hold the least scale that is plain.
+      const __m512i some = _mm512_mask_loadu_epi32(low, first16(count - i), scales + i);
+      const __m512i above = _mm512_sub_epi32(_mm512_and_si512(some, mask), low);
+      largest = _mm512_max_epu32(largest, above);
+    }
+    return _mm512_reduce_max_epu32(largest) < kInfinityBits - low_;
+  }
+
   // The tables of two blocks, that of the first in the lower half.
   __m512i pair(float first, float second) const {
+    if (__builtin_expect(plain(first) & plain(second), 1)) return plain_pair(first, second);
     const __m512 low = _mm512_mul_ps(table_, _mm512_set1_ps(first));
     const __m512 high = _mm512_mul_ps(table_, _mm512_set1_ps(second));
-    if (__builtin_expect(plain(first) & plain(second), 1)) {
-      return __m512i(_mm512_cvtne2ps_pbh(high, low));
-    }
     return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bfloat16(low)), narrow_bfloat16(high),
                               1);
+  }
+  __m512i plain_pair(float first, float second) const {
+    const __m512 low = _mm512_mul_ps(table_, _mm512_set1_ps(first));
+    const __m512 high = _mm512_mul_ps(table_, _mm512_set1_ps(second));
+    return __m512i(_mm512_cvtne2ps_pbh(high, low));
   }
 
  private:

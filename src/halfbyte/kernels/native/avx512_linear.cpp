@@ -48,8 +48,8 @@ void reduce4(const __m512* sums, float* out) {
 }
 
 // The four vectors of a pair of chunks in shuffled order.
-struct Pair {
-  Pair(__m512i codes, __m512i tables) {
+struct ChunkPair {
+  ChunkPair(__m512i codes, __m512i tables) {
     const __m512i nibbles = _mm512_set1_epi8(15);
     const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
     // (a & nibbles) | second
@@ -64,10 +64,10 @@ struct Pair {
   }
 
   // A single chunk at the end of a row: the other half is zero.
-  static Pair half(const uint8_t* codes, __m256i table) {
+  static ChunkPair half(const uint8_t* codes, __m256i table) {
     const __m512i zero = _mm512_setzero_si512();
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-    return Pair(_mm512_inserti64x4(zero, bytes, 0), _mm512_inserti64x4(zero, table, 0));
+    return ChunkPair(_mm512_inserti64x4(zero, bytes, 0), _mm512_inserti64x4(zero, table, 0));
   }
 
   __m512i vectors[4];
@@ -114,30 +114,33 @@ struct ShuffledMicro : BFloat16Arithmetic {
     int64_t decode(int64_t begin, int64_t end, uint16_t* out) const {
       const int shift = __builtin_ctzll(uint64_t(weight.block_size));
       const int64_t block = begin >> shift;
+      const int64_t blocks = ((end - 1) >> shift) - block + 1;
       float decoded[kDepth / kChunk + 16];
       const float* scales = weight.scales.plain + block;
       if (weight.scales.plain == nullptr) {
-        decode_scales_fast(weight.scales, block, ((end - 1) >> shift) - block + 1, decoded);
+        decode_scales_fast(weight.scales, block, blocks, decoded);
         scales = decoded;
       }
+      const bool plain = table.plain(scales, blocks);
       const uint8_t* codes = weight.codes + (begin >> 1);
       const int64_t offset = begin - (block << shift);
       const int64_t depth = end - begin;
       int64_t k = 0;
       for (; k + kPair <= depth; k += kPair, codes += kPair / 2) {
         _mm_prefetch(reinterpret_cast<const char*>(codes + ahead), _MM_HINT_T0);
-        const __m512i tables =
-            table.pair(scales[(offset + k) >> shift], scales[(offset + k + kChunk) >> shift]);
-        store(Pair(_mm512_loadu_si512(codes), tables), out + k);
+        const float first = scales[(offset + k) >> shift];
+        const float second = scales[(offset + k + kChunk) >> shift];
+        const __m512i tables = plain ? table.plain_pair(first, second) : table.pair(first, second);
+        store(ChunkPair(_mm512_loadu_si512(codes), tables), out + k);
       }
       if (k < depth) {
-        store(Pair::half(codes, table.row(scales[(offset + k) >> shift])), out + k);
+        store(ChunkPair::half(codes, table.row(scales[(offset + k) >> shift])), out + k);
         k += kPair;
       }
       return k;
     }
 
-    static void store(const Pair& pair, uint16_t* out) {
+    static void store(const ChunkPair& pair, uint16_t* out) {
       for (int v = 0; v < 4; ++v) _mm512_storeu_si512(out + 32 * v, pair.vectors[v]);
     }
 
@@ -214,7 +217,8 @@ void shuffle_row(const uint16_t* x, int64_t count, uint16_t* out) {
 // 256 products serve as many blocks as that scale does.
 class NestedScales {
  public:
-  explicit NestedScales(const Scales& scales) : scales_(scales) {}
+  NestedScales(const Scales& scales, const BlockTable<DType::kBFloat16>& table)
+      : scales_(scales), table_(table) {}
 
   // Makes blocks from `block` to before the result readable.
   int64_t open(int64_t block) {
@@ -228,15 +232,20 @@ class NestedScales {
         const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(scales_.nested_table + i), nested);
         _mm512_store_ps(values_ + i, _mm512_add_ps(products, offset));
       }
+      plain_ = table_.plain(values_, 256);
     }
     return end_;
   }
 
+  // Whether all that is readable rounds in one instruction.
+  bool plain() const { return plain_; }
   float operator[](int64_t block) const { return values_[scales_.codes[block]]; }
 
  private:
   const Scales& scales_;
+  const BlockTable<DType::kBFloat16>& table_;
   int64_t begin_ = 0, end_ = 0;
+  bool plain_ = false;
   alignas(64) float values_[256];
 };
 
@@ -256,12 +265,13 @@ struct DirectSums {
   }
 
   // `x` is at the pair in the first of the prepared rows.
-  void add(const Pair& pair, const uint16_t* x, int64_t stride) {
+  void add(const ChunkPair& pair, const uint16_t* x, int64_t stride) {
     for (int m = 0; m < kRows; ++m) {
       for (int v = 0; v < 4; ++v) {
+        // The last operand of the instruction is the one that it can read from memory.
         const __m512i source = _mm512_loadu_si512(x + m * stride + 32 * v);
         sums[m][v % kChains] =
-            _mm512_dpbf16_ps(sums[m][v % kChains], __m512bh(source), __m512bh(pair.vectors[v]));
+            _mm512_dpbf16_ps(sums[m][v % kChains], __m512bh(pair.vectors[v]), __m512bh(source));
       }
     }
   }
@@ -278,51 +288,71 @@ struct DirectSums {
   __m512 sums[kRows][kChains];
 };
 
+// Adds pairs of chunks [begin, end) of a row of the weight, whose codes and x begin where given; a
+// chunk's scale is scale_of(chunk). Two at a time: what counts is how many instructions there are.
+template <bool plain, int kRows, typename ScaleOf>
+inline __attribute__((always_inline)) void add_pairs(const BlockTable<DType::kBFloat16>& table,
+                                                     const uint8_t* codes, const uint16_t* x,
+                                                     int64_t stride, int64_t begin, int64_t end,
+                                                     ScaleOf scale_of, DirectSums<kRows>& sums) {
+#pragma GCC unroll 2
+  for (int64_t i = begin; i < end; ++i) {
+    const uint8_t* source = codes + i * (kPair / 2);
+    _mm_prefetch(reinterpret_cast<const char*>(source + kAhead), _MM_HINT_T0);
+    const float first = scale_of(2 * i), second = scale_of(2 * i + 1);
+    const __m512i tables = plain ? table.plain_pair(first, second) : table.pair(first, second);
+    sums.add(ChunkPair(_mm512_loadu_si512(source), tables), x + i * kPair, stride);
+  }
+}
+
 // Outputs [begin, end) for kRows rows, with no weight written anywhere. With `nested`, a second-
-// level scale never ends inside a pair.
-template <int kRows, bool nested>
+// level scale never ends inside a pair. A block is kChunk elements, or with `longer` more.
+template <int kRows, bool nested, bool longer>
 void multiply_direct(const Quantized& weight, const LinearShape& shape, const uint16_t* x,
                      int64_t stride, int64_t begin, int64_t end, const uint16_t* bias,
                      uint16_t* y) {
   static thread_local Scratch scale_memory;
-  const int64_t depth = shape.in_features;
-  const int shift = __builtin_ctzll(uint64_t(weight.block_size));
+  const int64_t depth = shape.in_features, pairs = depth / kPair;
+  const int shift = longer ? __builtin_ctzll(uint64_t(weight.block_size)) : 6;
+  static_assert(kChunk == 1 << 6);
   const BlockTable<DType::kBFloat16> table(weight.table);
-  NestedScales nested_scales(weight.scales);
+  NestedScales nested_scales(weight.scales, table);
   for (int64_t n = begin; n < end; ++n) {
-    const int64_t first = n * depth;
+    const int64_t first = n * depth, block = first >> shift;
     const uint8_t* codes = weight.codes + (first >> 1);
     DirectSums<kRows> sums;
+    // The block of a chunk of this row, counted from `block`.
+    const auto block_of = [&](int64_t chunk) {
+      return longer ? ((first + chunk * kChunk) >> shift) - block : chunk;
+    };
     if constexpr (nested) {
-      for (int64_t k = 0; k < depth;) {
-        const int64_t readable = nested_scales.open((first + k) >> shift) << shift;
-        for (const int64_t stop = smaller(depth, readable - first); k < stop; k += kPair) {
-          _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead), _MM_HINT_T0);
-          const __m512i tables = table.pair(nested_scales[(first + k) >> shift],
-                                            nested_scales[(first + k + kChunk) >> shift]);
-          sums.add(Pair(_mm512_loadu_si512(codes), tables), x + k, stride);
-          codes += kPair / 2;
+      const auto scale_of = [&](int64_t chunk) { return nested_scales[block + block_of(chunk)]; };
+      for (int64_t i = 0; i < pairs;) {
+        const int64_t readable = nested_scales.open((first + i * kPair) >> shift) << shift;
+        const int64_t stop = smaller(pairs, (readable - first) / kPair);
+        if (nested_scales.plain()) {
+          add_pairs<true>(table, codes, x, stride, i, stop, scale_of, sums);
+        } else {
+          add_pairs<false>(table, codes, x, stride, i, stop, scale_of, sums);
         }
+        i = stop;
       }
     } else {
-      const int64_t block = first >> shift;
+      const int64_t blocks = ((first + depth - 1) >> shift) - block + 1;
       const float* scales = weight.scales.plain + block;
       if (weight.scales.plain == nullptr) {
-        float* decoded = scale_memory.get<float>((depth >> shift) + 17);
-        decode_scales_fast(weight.scales, block, ((first + depth - 1) >> shift) - block + 1,
-                           decoded);
+        float* decoded = scale_memory.get<float>(blocks + 16);
+        decode_scales_fast(weight.scales, block, blocks, decoded);
         scales = decoded;
       }
-      const int64_t offset = first - (block << shift);
-      int64_t k = 0;
-      for (; k + kPair <= depth; k += kPair, codes += kPair / 2) {
-        _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead), _MM_HINT_T0);
-        const __m512i tables =
-            table.pair(scales[(offset + k) >> shift], scales[(offset + k + kChunk) >> shift]);
-        sums.add(Pair(_mm512_loadu_si512(codes), tables), x + k, stride);
+      const auto scale_of = [&](int64_t chunk) { return scales[block_of(chunk)]; };
+      if (table.plain(scales, blocks)) {
+        add_pairs<true>(table, codes, x, stride, 0, pairs, scale_of, sums);
+      } else {
+        add_pairs<false>(table, codes, x, stride, 0, pairs, scale_of, sums);
       }
-      if (k < depth) {
-        sums.add(Pair::half(codes, table.row(scales[(offset + k) >> shift])), x + k, stride);
+      if (const int64_t k = pairs * kPair; k < depth) {
+        sums.add(ChunkPair::half(codes + k / 2, table.row(scale_of(2 * pairs))), x + k, stride);
       }
     }
     for (int m = 0; m < kRows; ++m) {
@@ -344,10 +374,19 @@ void multiply_direct_or_fewer(const Quantized& weight, const LinearShape& shape,
   const int64_t nested = weight.scales.nested_block_size;
   const bool pairs_stay_whole =
       nested * weight.block_size % kPair == 0 && shape.in_features % kPair == 0;
-  if (weight.scales.plain == nullptr && nested >= kMinNestedBlock && pairs_stay_whole) {
-    multiply_direct<kRows, true>(weight, shape, x, stride, begin, end, bias, y);
+  const bool use_nested =
+      weight.scales.plain == nullptr && nested >= kMinNestedBlock && pairs_stay_whole;
+  const auto multiply_with = [&]<bool longer>() {
+    if (use_nested) {
+      multiply_direct<kRows, true, longer>(weight, shape, x, stride, begin, end, bias, y);
+    } else {
+      multiply_direct<kRows, false, longer>(weight, shape, x, stride, begin, end, bias, y);
+    }
+  };
+  if (weight.block_size > kChunk) {
+    multiply_with.template operator()<true>();
   } else {
-    multiply_direct<kRows, false>(weight, shape, x, stride, begin, end, bias, y);
+    multiply_with.template operator()<false>();
   }
 }
 

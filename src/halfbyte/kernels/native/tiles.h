@@ -13,6 +13,8 @@ constexpr int kTileRows = HALFBYTE_LANES == 16 ? 12 : (HALFBYTE_LANES == 8 ? 6 :
 constexpr int kTileColumns = 2;
 constexpr int64_t kTileWidth = kTileColumns * kLanes;
 
+int64_t pad_to_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
 // c[m][n] = sum over k of a[m][k] b[k][n], added to c if `add`; depth >= 1. With kTransposed, a is
 // stored [k][m]. Unrolled by hand, or GCC keeps the sums in memory around the loop.
 template <typename Unit, int kRows, int kColumns, bool kTransposed>
