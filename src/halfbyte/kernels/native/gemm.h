@@ -179,8 +179,8 @@ void sum_block(const Gemm& gemm, const GemmBlock& block, typename Panels::Unit* 
       // The rank of an adapter may not fill a strip.
       const int64_t width = pad_to_lanes(block.column_end - n);
       for (int64_t m = 0; m < rows; m += kTileRows) {
-        multiply_tile<kTransposed>(rows - m, width, a + m * (kTransposed ? 1 : a_stride),
-                                   a_stride, strip, kStripWidth, depth, k != 0,
+        multiply_tile<kTransposed>(rows - m, width, a + m * (kTransposed ? 1 : a_stride), a_stride,
+                                   strip, kStripWidth, depth, k != 0,
                                    sums + m * stride + (n - block.column), stride);
       }
     }
