@@ -11,10 +11,11 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,12 @@ def write_sixteen_bits(gguf: Path, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def write_random_tinyllama(directory: Path) -> None:
-    """22 layers of bfloat16 noise, the same for tensors of one size."""
+def write_random(directory: Path, config: Mapping[str, object]) -> None:
+    """A model of bfloat16 noise, the same for tensors of one size; bytes are its tokens."""
     directory.mkdir()
-    config = CONFIG | {"num_hidden_layers": 22}
     (directory / "config.json").write_text(json.dumps(config))
     write_tokenizer(directory)
-    refs = layout_of(parse_config(config)).refs()
+    refs = list(layout_of(parse_config(config)).refs())
     most = max(math.prod(ref.shape) for ref in refs)
     noise = torch.randn(most, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     tensors = {
@@ -98,20 +98,24 @@ def write_random_tinyllama(directory: Path) -> None:
     write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
 
 
-def _quantize_tinyllama(directory: Path) -> None:
-    source = directory.with_name("tinyllama-bf16")
-    if not source.is_dir():
-        write_random_tinyllama(source)
-    hb.quantize_model(source, directory)
-
-
 MODELS: dict[str, Callable[[Path], object]] = {
-    "smollm2-nf4": lambda directory: hb.quantize_model(obtain_demo_model(), directory),
-    "smollm2-bf16": lambda directory: write_sixteen_bits(obtain_demo_model(), directory),
-    "gemma3-nf4": lambda directory: hb.quantize_model(obtain_gemma(), directory),
-    "tinyllama-bf16": write_random_tinyllama,
-    "tinyllama-nf4": _quantize_tinyllama,
+    "smollm2-nf4": lambda out: hb.quantize_model(obtain_demo_model(), out),
+    "smollm2-bf16": lambda out: write_sixteen_bits(obtain_demo_model(), out),
+    "gemma3-nf4": lambda out: hb.quantize_model(obtain_gemma(), out),
+    "tinyllama-bf16": lambda out: write_random(out, CONFIG | {"num_hidden_layers": 22}),
+    "tinyllama-nf4": lambda out: hb.quantize_model(make("tinyllama-bf16", out.parent), out),
 }
+
+
+def make(name: str, root: Path) -> Path:
+    """The directory of a model: made under another name first, so that it is whole or not there."""
+    directory = root / name
+    if not directory.is_dir():
+        partial = root / f"{name}.part"
+        shutil.rmtree(partial, ignore_errors=True)
+        MODELS[name](partial)
+        partial.rename(directory)
+    return directory
 
 
 def main() -> None:
@@ -124,10 +128,7 @@ def main() -> None:
         parser.error(f"unknown models {sorted(unknown)}; known: {', '.join(MODELS)}")
     arguments.directory.mkdir(parents=True, exist_ok=True)
     for name in arguments.names or MODELS:
-        directory = arguments.directory / name
-        if not directory.is_dir():
-            MODELS[name](directory)
-        print(directory, flush=True)
+        print(make(name, arguments.directory), flush=True)
 
 
 if __name__ == "__main__":

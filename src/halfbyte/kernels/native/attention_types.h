@@ -47,7 +47,9 @@ struct Attention {
   static constexpr int64_t kKeyStride = kKeys + 16;
   int64_t feature_stride() const { return odd_lines(head_dim); }
 
-  // Floats of a thread's scratch memory; `num_queries` are those that one task owns.
+  // Floats of a thread's scratch memory; `queries` are those that one task owns. Where bfloat16 is
+  // multiplied in pairs, the backward has panels of adjacent rows besides those of adjacent
+  // features: two of rows, one of keys, one of scores.
   int64_t forward_scratch() const {
     return task_queries() * heads_each() * (2 * feature_stride() + 2) +
            kKeys * 2 * feature_stride() + head_dim * kKeyStride + block_rows() * (kKeyStride + 2);

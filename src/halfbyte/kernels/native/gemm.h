@@ -5,8 +5,8 @@
 // are bfloat16 and the instruction set multiplies those, of pairs (units.h); each strip is
 // contiguous along the depth. A task owns a block of C: it packs its rows of A, kGemmDepth units at
 // a time, and multiplies them with one strip after the other in tiles that stay in registers. The
-// order of summation of an element depends on the depth alone, so neither the cut into tasks nor
-// the number of threads changes a bit. Source of the scheme: Goto and van de Geijn,
+// order of summation of an element depends on the depth and the units alone, so neither the cut
+// into tasks nor the number of threads changes a bit. Source of the scheme: Goto and van de Geijn,
 // doi:10.1145/1356052.1356053.
 
 #pragma once
